@@ -40,14 +40,18 @@ class Config:
     epochs: int = flag(14, "passes over the training set")
     batch_size: int = flag(64, "pictures a step")
     lr: float = flag(1e-3, "peak learning rate")
-    gate_lr_scale: float = flag(20.0, "the gates' rate in units of lr: Adam moves a gate by no more than its rate a step")
+    gate_lr_scale: float = flag(
+        20.0, "the gates' rate in units of lr: Adam moves a gate by no more than its rate a step"
+    )
     weight_decay: float = flag(0.05, "AdamW's, on matrices only")
     warmup_epochs: float = flag(1.0, "linear warm-up")
     label_smoothing: float = flag(0.1, "share of the target given to all classes alike")
     drop_path: float = flag(0.0, "stochastic depth of the last block")
     ema_decay: float = flag(0.998, "moving average of the weights, which is what gets evaluated and saved; 0 is none")
     seed: int = flag(0, "of the initial weights, the order and the augmentation")
-    amp: str = flag("off", "mixed precision; alone means bf16", nargs="?", const="bf16", choices=["off", "bf16", "fp16"])
+    amp: str = flag(
+        "off", "mixed precision; alone means bf16", nargs="?", const="bf16", choices=["off", "bf16", "fp16"]
+    )
     compile: bool = flag(False, "torch.compile the model")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
     run: str = flag("runs/cifar", "the folder to write")
@@ -66,7 +70,9 @@ def main():
             shape["gpsa_layers"] = config.gpsa_layers
         model = create_model(config.model, drop_path=config.drop_path, **shape).to(device)
         if config.batch_size > len(train_set.labels):
-            raise ValueError(f"--batch-size {config.batch_size} is more than the {len(train_set.labels)} training pictures")
+            raise ValueError(
+                f"--batch-size {config.batch_size} is more than the {len(train_set.labels)} training pictures"
+            )
         if not config.resume:
             checkpoint.start_run(run, dataclasses.asdict(config), device)
     except (ValueError, FileNotFoundError) as error:

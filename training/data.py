@@ -61,10 +61,14 @@ def load_folder(root: Path, img_size: int) -> tuple[Pictures, Pictures]:
     test_dir = root / "test" if (root / "test").is_dir() else root / "val"
     for folder, wanted in ((train_dir, "train/CLASS/*"), (test_dir, "test/CLASS/* or val/CLASS/*")):
         if not folder.is_dir():
-            raise FileNotFoundError(f"{root} holds no pictures as {wanted}; --data-dir is the folder that holds train/ and test/")
+            raise FileNotFoundError(
+                f"{root} holds no pictures as {wanted}; --data-dir is the folder that holds train/ and test/"
+            )
     train, test = list_pictures(train_dir), list_pictures(test_dir)
     if len(train) < 2:
-        raise ValueError(f"{train_dir} holds the single class {next(iter(train))}; there is nothing to tell apart: add a second")
+        raise ValueError(
+            f"{train_dir} holds the single class {next(iter(train))}; there is nothing to tell apart: add a second"
+        )
     if train.keys() != test.keys():
         odd = ", ".join(sorted(train.keys() ^ test.keys()))
         raise ValueError(f"{train_dir} and {test_dir} must have the same classes; only one of them has {odd}")
@@ -117,7 +121,9 @@ def read_picture(file: Path, img_size: int) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def batches(pictures: Pictures, batch_size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    pictures: Pictures, batch_size: int, generator: torch.Generator | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of images and labels: shuffled and without a last short one given a generator, else all of them in order."""
     n = len(pictures.images)
     if generator is None:

@@ -13,7 +13,9 @@ from training.data import Pictures, batches
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def learning_rate(step: int, steps: int, warmup_steps: int, peak: float, start: float = 1e-6, end: float = 1e-5) -> float:
+def learning_rate(
+    step: int, steps: int, warmup_steps: int, peak: float, start: float = 1e-6, end: float = 1e-5
+) -> float:
     """Rate for step 0 .. steps - 1: a linear warm-up, then half a cosine down to `end` (the recipe of DeiT)."""
     if step < warmup_steps:  # 1. warm up from start, reaching the peak at the first step after
         return start + (peak - start) * step / warmup_steps

@@ -1,0 +1,287 @@
+"""convit_min.py against references that are not ours: the paper's numbers, timm, and a slow loop over the equation."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import perturb
+from torch.utils.flop_counter import FlopCounterMode
+
+from convit_min import GPSA, MODELS, ConViT, ConViTConfig, create_model, freeze_gpsa, kernel_shape, load_weights
+
+PARAMETERS = {  # the authors' models, 1000 classes
+    "convit_tiny": 5_710_512,
+    "convit_tiny_plus": 9_972_912,
+    "convit_small": 27_777_322,
+    "convit_small_plus": 48_979_882,
+    "convit_base": 86_540_040,
+    "convit_base_plus": 153_134_856,
+}
+FLOPS = {  # Table 1: billions, and half a unit of the last digit it prints
+    "convit_tiny": (1, 0.5),
+    "convit_tiny_plus": (2, 0.5),
+    "convit_small": (5.4, 0.05),
+    "convit_small_plus": (10, 0.5),
+    "convit_base": (17, 0.5),
+    "convit_base_plus": (30, 0.5),
+}
+
+
+def small_config(**changes) -> ConViTConfig:
+    return ConViTConfig(**{"img_size": (20, 28), "patch_size": 4, "num_classes": 5, "dim": 36, "num_heads": 9,
+                           "depth": 3, "gpsa_layers": 2} | changes)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_sizes_of_the_paper(name):
+    with torch.device("meta"):
+        model = create_model(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+    assert all(len(model.blocks[i].attn.gating_param) == model.config.num_heads for i in range(10))
+    assert all(hasattr(model.blocks[i].attn, "qkv") for i in (10, 11))
+
+
+@pytest.mark.parametrize("name", FLOPS)
+def test_flops_of_the_paper(name):
+    """Within 5% of Table 1, and of what its rounding hides.
+
+    Counted are the multiply-adds of convolution, linear layers and P v. The two products of content attention are not:
+    the table leaves them out (it has 4.3 G for DeiT-S, which is 4.6 G with them).
+    """
+    with torch.device("meta"):
+        model = create_model(name)
+    model = model.to_empty(device="cpu")  # the values do not matter here
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, 224, 224))
+    counts = counter.get_flop_counts()["Global"]
+    billions = sum(count for op, count in counts.items() if "scaled_dot_product" not in str(op)) / 2e9
+    printed, rounding = FLOPS[name]
+    assert 0.95 * (printed - rounding) <= billions <= 1.05 * (printed + rounding)
+
+
+@pytest.mark.parametrize("name", ["convit_tiny", "convit_small", "deit_tiny"])
+def test_same_logits_as_timm(name, tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is the reference; pip install -r requirements-dev.txt")
+    theirs = perturb(timm.create_model(name if "convit" in name else "deit_tiny_patch16_224"))
+    torch.save(theirs.state_dict(), tmp_path / "timm.pt")
+    ours = create_model(name).eval()
+    load_weights(ours, tmp_path / "timm.pt")
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected, logits = theirs(images), ours(images)
+    assert expected.std() > 0.1  # the comparison is not of zeros
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(20, 28), (12, 8)])
+def test_explicit_maps_are_what_the_fused_path_computes(shape):
+    model = perturb(ConViT(small_config()))
+    calls = []
+    for block in model.blocks:
+        block.attn.register_forward_hook(lambda _, args, result: calls.append((args[0], result[0])))
+    with torch.no_grad():
+        _, attention = model(torch.randn(2, 3, *shape), return_attention=True)
+        n = math.prod(shape) // 16
+        for block, (x, output), heads in zip(model.blocks, calls, attention, strict=True):
+            gpsa = isinstance(block.attn, GPSA)
+            tokens = n if gpsa else n + 1
+            assert heads.content.shape == heads.mixed.shape == (2, 9, tokens, tokens)
+            assert heads.gate.shape == (9,)
+            assert (heads.position is not None) == gpsa
+            for attention_map in (heads.content, heads.mixed) + ((heads.position,) if gpsa else ()):
+                assert attention_map.min() >= 0
+                torch.testing.assert_close(attention_map.sum(-1), torch.ones_like(attention_map[..., 0]))
+            weight = block.attn.v.weight if gpsa else block.attn.qkv.weight[72:]
+            v = (x.flatten(1, -2) @ weight.T).unflatten(2, (9, 4)).transpose(1, 2)
+            explicit = block.attn.proj((heads.mixed @ v).transpose(1, 2).flatten(2))
+            torch.testing.assert_close(explicit, output.flatten(1, -2), atol=1e-5, rtol=0)
+            if gpsa:
+                g = heads.gate[:, None, None]
+                torch.testing.assert_close(heads.mixed, (1 - g) * heads.content + g * heads.position)
+            else:
+                assert (heads.gate == 0).all() and torch.equal(heads.mixed, heads.content)
+
+
+@pytest.mark.parametrize(("gate", "pure"), [(20.0, "position"), (-20.0, "content")])
+def test_a_closed_gate_leaves_one_map(gate, pure):
+    model = perturb(ConViT(small_config()))
+    with torch.no_grad():
+        for block in model.blocks[:2]:
+            block.attn.gating_param.fill_(gate)
+        heads = model(torch.randn(1, 3, 20, 28), return_attention=True)[1][1]
+    other = {"position": "content", "content": "position"}[pure]
+    torch.testing.assert_close(heads.mixed, getattr(heads, pure).expand_as(heads.mixed), atol=1e-6, rtol=0)
+    assert (heads.mixed - getattr(heads, other)).abs().max() > 0.1
+
+
+def slow_position_map(v_pos, height, width):
+    """P of one head, query by query and key by key, in plain Python: softmax over keys of v_pos . (dx, dy, dx^2 + dy^2)."""
+    rows = []
+    for query in range(height * width):
+        scores = []
+        for key in range(height * width):
+            dx, dy = key % width - query % width, key // width - query // width
+            scores.append(math.exp(v_pos[0] * dx + v_pos[1] * dy + v_pos[2] * (dx**2 + dy**2)))
+        rows.append([score / sum(scores) for score in scores])
+    return torch.tensor(rows)
+
+
+def test_position_map_against_the_equation():
+    model = perturb(ConViT(small_config()))
+    v_pos = model.blocks[0].attn.pos_proj.weight.double().tolist()
+    with torch.no_grad():
+        position = model(torch.randn(1, 3, 20, 28), return_attention=True)[1][0].position
+    for head in range(9):
+        torch.testing.assert_close(position[head], slow_position_map(v_pos[head], 5, 7), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("v_pos", "key"), [((3.0, 0.0, -0.1), (2, 6)), ((0.0, 3.0, -0.1), (4, 3)),
+                                            ((4.0, 0.0, -2.0), (2, 4)), ((0.0, -4.0, -2.0), (1, 3))])  # fmt: skip
+def test_dx_points_right_and_dy_down(v_pos, key):
+    attn = ConViT(small_config()).blocks[0].attn
+    with torch.no_grad():
+        attn.pos_proj.weight.copy_(torch.tensor(v_pos))
+        position_y, position_x = attn.position_attention(5, 7)
+    assert (position_y[0, 2].argmax(), position_x[0, 3].argmax()) == key
+
+
+@pytest.mark.parametrize("heads", [4, 9, 16])
+def test_convolutional_init_is_the_authors(heads):
+    k = math.isqrt(heads)
+    attn = ConViT(small_config(dim=144, num_heads=heads, locality_strength=0.5)).blocks[0].attn
+    for column in range(k):
+        for row in range(k):
+            expected = [2 * (column - (k - 1) / 2), 2 * (row - (k - 1) / 2), -1]
+            assert attn.pos_proj.weight[row + k * column].tolist() == [0.5 * value for value in expected]
+    assert torch.equal(attn.v.weight, torch.eye(144))
+    assert (attn.gating_param == 1).all()
+
+
+def test_heads_start_as_the_taps_of_a_3_by_3_kernel():
+    model = ConViT(small_config())
+    with torch.no_grad():
+        position = model(torch.randn(1, 3, 20, 28), return_attention=True)[1][0].position
+    query = 2 * 7 + 3
+    for head in range(9):
+        key = position[head, query].argmax().item()
+        assert (key // 7 - 2, key % 7 - 3) == (head % 3 - 1, head // 3 - 1)
+
+
+def test_head_counts_that_are_no_square():
+    assert [kernel_shape(heads) for heads in (1, 2, 3, 6, 7, 12, 16)] == [
+        (1, 1), (1, 2), (1, 3), (2, 3), (1, 7), (3, 4), (4, 4)]  # fmt: skip
+    v_pos = ConViT(small_config(num_heads=6)).blocks[0].attn.pos_proj.weight
+    centres = {(x / 2, y / 2) for x, y, _ in v_pos.tolist()}
+    assert centres == {(x, y) for x in (-1, 0, 1) for y in (-0.5, 0.5)}
+
+
+def test_ablations_are_config():
+    random = ConViT(small_config(conv_init=False)).blocks[0].attn
+    assert random.v.weight.std() < 0.03 and random.pos_proj.weight.abs().max() < 0.1
+    frozen = ConViT(small_config(gating="frozen", gate_init=0.0)).blocks[0].attn.gating_param
+    assert not frozen.requires_grad and (frozen == 0).all()
+    model = ConViT(small_config())
+    freeze_gpsa(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any(part in name for name in trained for part in (".qk.", ".v.", "pos_proj", "gating_param"))
+    assert {"blocks.0.attn.proj.weight", "blocks.2.attn.qkv.weight", "blocks.0.mlp.fc1.weight"} <= trained
+
+
+@pytest.mark.parametrize("changes", [{}, {"pool": "mean"}, {"pool": "mean", "gpsa_layers": 3}, {"gpsa_layers": 0}])
+def test_gradients_reach_every_parameter(changes):
+    model = perturb(ConViT(small_config(**changes))).train()
+    F.cross_entropy(model(torch.randn(4, 3, 20, 28)), torch.arange(4)).backward()
+    for name, parameter in model.named_parameters():
+        if name.endswith("pos_proj.bias"):
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_position_bias_cancels():
+    model, images = perturb(ConViT(small_config())), torch.randn(1, 3, 20, 28)
+    before = model(images)
+    for block in model.blocks[:2]:
+        block.attn.pos_proj.bias.data.add_(5)
+    assert torch.equal(model(images), before)
+    v_pos, offset = torch.randn(3), torch.randn(8, 3)  # and so it does in the equation
+    torch.testing.assert_close((offset @ v_pos + 5).softmax(0), (offset @ v_pos).softmax(0))
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_mean():
+    model = ConViT(small_config(drop_path=0.5)).train()
+    assert [block.drop_path.rate for block in model.blocks] == [0, 0.25, 0.5]
+    dropped = model.blocks[2].drop_path(torch.ones(4000, 2, 3))
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert (dropped.flatten(1).amin(1) == dropped.flatten(1).amax(1)).all()
+    assert 0.9 < dropped.mean() < 1.1
+    assert torch.equal(model.eval().blocks[2].drop_path(torch.ones(3, 2, 3)), torch.ones(3, 2, 3))
+
+
+def test_autocast_and_half_follow_float32():
+    model, images = perturb(ConViT(small_config())), torch.randn(2, 3, 20, 28)
+    with torch.no_grad():
+        expected = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (model(images) - expected).abs().max() < 0.05 * expected.abs().max()
+        assert (model.half()(images.half()) - expected).abs().max() < 0.02 * expected.abs().max()
+        assert model(images.half(), return_attention=True)[1][0].mixed.isfinite().all()
+
+
+def test_compile_and_export_give_the_same():
+    model, images = perturb(ConViT(small_config())), torch.randn(2, 3, 20, 28)
+    with torch.no_grad():
+        expected = model(images)
+        exported = torch.export.export(model, (images,)).module()
+        torch.testing.assert_close(exported(images), expected, atol=1e-5, rtol=0)
+        compiled = torch.compile(model, fullgraph=True)
+        torch.testing.assert_close(compiled(images), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_as_on_the_cpu(dtype):
+    model, images = perturb(create_model("convit_cifar_nano")), torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+        model, images = model.cuda(), images.cuda()
+        for forward in (model, torch.compile(model, fullgraph=True)):
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                error = (forward(images).float().cpu() - expected).abs().max()
+            assert error < (1e-3 if dtype == torch.float32 else 0.05) * expected.abs().max()
+        x = model.patch_embed(images).permute(0, 2, 3, 1)
+        output, heads = model.blocks[0].attn(x, return_attention=True)
+        v = model.blocks[0].attn.v(x).flatten(1, 2).unflatten(2, (9, -1)).transpose(1, 2)
+        explicit = model.blocks[0].attn.proj((heads.mixed @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(explicit, output.flatten(1, 2), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"dim": 100}, "dim=100 must be a multiple of num_heads=9"),
+    ({"img_size": 30}, "must be a multiple of patch_size=4"),
+    ({"img_size": (20, 30)}, "must be a multiple of patch_size=4"),
+    ({"gpsa_layers": 4}, "gpsa_layers=4 must be 0 to depth=3"),
+    ({"gpsa_layers": 3}, 'set pool="mean"'),
+    ({"pool": "max"}, "pool='max'"),
+    ({"gating": "off"}, "gating='off'"),
+    ({"drop_path": 1.0}, "drop_path=1.0"),
+    ({"num_heads": 0}, "at least 1"),
+])  # fmt: skip
+def test_a_config_that_cannot_work_says_what_to_change(changes, words):
+    with pytest.raises(ValueError) as caught:
+        small_config(**changes)
+    assert words in str(caught.value)
+
+
+def test_unknown_names_and_pictures_that_do_not_fit():
+    with pytest.raises(ValueError, match="convit_tiny"):
+        create_model("convit_tinny")
+    with pytest.raises(ValueError, match="patch_size=4"):
+        ConViT(small_config())(torch.randn(1, 3, 21, 28))
+    assert {"vit_cifar_nano", "vit_cifar", "deit_base_plus"} <= MODELS.keys()
+    for name in ("cifar_nano", "cifar"):
+        convit, vit = MODELS["convit_" + name], MODELS["vit_" + name]
+        assert vit.gpsa_layers == 0
+        assert (convit.dim, convit.depth, convit.num_heads) == (vit.dim, vit.depth, vit.num_heads)

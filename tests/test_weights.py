@@ -1,0 +1,107 @@
+"""load_weights: round trips, other sizes, and files that are not what they claim to be."""
+
+import pickle
+
+import pytest
+import torch
+from conftest import perturb
+
+from convit_min import ConViT, ConViTConfig, create_model, load_weights
+
+CONFIG = ConViTConfig(img_size=(20, 28), patch_size=4, num_classes=5, dim=36, num_heads=9, depth=3, gpsa_layers=2)
+
+
+def same_weights(a, b) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_saving_and_loading_is_a_round_trip(nested, tmp_path):
+    trained, fresh = perturb(ConViT(CONFIG)), ConViT(CONFIG)
+    state = trained.state_dict()
+    torch.save({"model": state, "epoch": 3} if nested else state, tmp_path / "weights.pt")
+    assert not same_weights(trained, fresh)
+    load_weights(fresh, tmp_path / "weights.pt")
+    assert same_weights(trained, fresh)
+
+
+def test_weights_of_224_pixels_run_on_256_by_192(tmp_path):
+    trained = perturb(create_model("convit_tiny", depth=2, gpsa_layers=1, num_classes=7))
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    other = create_model("convit_tiny", depth=2, gpsa_layers=1, num_classes=7, img_size=(256, 192)).eval()
+    load_weights(other, tmp_path / "weights.pt")
+    images = torch.randn(1, 3, 256, 192)
+    with torch.no_grad():
+        torch.testing.assert_close(other(images), trained(images))  # resized on loading, or on the way
+    assert other.pos_embed.shape == (1, 16 * 12, 192)
+    side = trained.pos_embed.detach().unflatten(1, (14, 14)).mean((1, 2)), other.pos_embed.detach().mean(1)
+    assert (side[0] - side[1]).abs().max() < 0.1  # still the same embedding
+
+
+def test_another_number_of_classes_keeps_the_new_head(tmp_path):
+    torch.save(perturb(ConViT(CONFIG)).state_dict(), tmp_path / "weights.pt")
+    model = ConViT(ConViTConfig(**{**vars(CONFIG), "num_classes": 3}))
+    head = model.head.weight.clone()
+    with pytest.warns(UserWarning, match="head"):
+        load_weights(model, tmp_path / "weights.pt")
+    assert torch.equal(model.head.weight, head)
+    backbone = ConViT(ConViTConfig(**{**vars(CONFIG), "num_classes": 0}))
+    with pytest.warns(UserWarning, match="head"):
+        load_weights(backbone, tmp_path / "weights.pt")
+    assert backbone(torch.randn(1, 3, 20, 28)).shape == (1, 36)
+
+
+def test_keys_that_do_not_fit_are_all_named_and_nothing_changes(tmp_path):
+    model = ConViT(CONFIG)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = perturb(ConViT(CONFIG)).state_dict()
+    del state["norm.weight"]
+    state["stranger"] = torch.zeros(1)
+    state["blocks.0.attn.gating_param"] = torch.zeros(4)
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(ValueError) as caught:
+        load_weights(model, tmp_path / "weights.pt")
+    for name in ("norm.weight", "stranger", "blocks.0.attn.gating_param"):
+        assert name in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_bad_files_give_one_clear_error_and_run_nothing(tmp_path):
+    model = ConViT(CONFIG)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(FileNotFoundError, match="missing.pt"):
+        load_weights(model, tmp_path / "missing.pt")
+
+    whole = tmp_path / "whole.pt"
+    torch.save(model.state_dict(), whole)
+    bad = {
+        "truncated": whole.read_bytes()[: whole.stat().st_size // 2],
+        "empty": b"",
+        "text": b"these are no weights",
+        "malicious": pickle.dumps({"model": Malicious(tmp_path / "ran")}),
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save({"weights": Malicious(tmp_path / "ran")}, tmp_path / "malicious_zip")
+    torch.save([1, 2, 3], tmp_path / "list")
+    torch.save({"model": torch.zeros(3)}, tmp_path / "tensor")
+    torch.save({"conv1.weight": torch.zeros(3, 3), "pos_embed": torch.zeros(2)}, tmp_path / "foreign")
+    torch.save({"pos_embed": torch.zeros(1, 5, 36), "head.weight": torch.zeros(5, 36)}, tmp_path / "short")
+    for name in (*bad, "malicious_zip", "list", "tensor", "foreign", "short"):
+        with pytest.raises(ValueError, match=name):
+            load_weights(model, tmp_path / name)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_weights(model, tmp_path)  # a folder
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_weights(model, "http://127.0.0.1:9/weights.pth")  # nobody listens there
+    assert not (tmp_path / "ran").exists()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
