@@ -45,7 +45,7 @@ def locality_strengths(model: ConViT) -> Tensor:
 
 
 def attention_centres(model: ConViT) -> Tensor:
-    """Delta = v_pos[:2] / (2 alpha) of every head, (dx, dy) in patches (l h 2); NaN where alpha is 0: a slope, no centre.
+    """Delta = v_pos[:2] / (2 alpha) of every head: (dx, dy) in patches (l h 2). NaN where alpha is 0: there is none.
 
     With a negative alpha this is the place that the head avoids.
     """

@@ -1,7 +1,7 @@
 """Watch the heads of a ConViT leave position for content, in the browser.
 
-    python app.py                        opens the run that ships in demo/, on http://127.0.0.1:7860
-    python app.py --run runs/cifar       a run of your own
+python app.py                        opens the run that ships in demo/, on http://127.0.0.1:7860
+python app.py --run runs/cifar       a run of your own
 """
 
 import argparse
@@ -21,8 +21,8 @@ from viewer.probe import Probe
 HERE = Path(__file__).parent
 EXAMPLES = ["cheetah1.jpg", "lion.jpg", "bus.png", "tower.jpg"]  # they ship inside Gradio
 INTRODUCTION = """# Watch attention heads leave position for content
-Every head of a ConViT mixes a **position** map, the same for all pictures, with a **content** map, by a learned **gate**.
-It starts as one tap of a convolution. Choose a picture, click a patch, and move through training."""
+Every head of a ConViT mixes a **position** map, the same for all pictures, with a **content** map, by a learned
+**gate**. It starts as one tap of a convolution. Click a patch, move through training, choose another picture."""
 
 
 def build(run: Path) -> gr.Blocks:

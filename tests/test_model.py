@@ -116,7 +116,7 @@ def test_a_closed_gate_leaves_one_map(gate, pure):
 
 
 def slow_position_map(v_pos, height, width):
-    """P of one head, query by query and key by key, in plain Python: softmax over keys of v_pos . (dx, dy, dx^2 + dy^2)."""
+    """P of one head in plain Python: for each query the softmax over keys of v_pos . (dx, dy, dx^2 + dy^2)."""
     rows = []
     for query in range(height * width):
         scores = []

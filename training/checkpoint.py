@@ -1,4 +1,8 @@
-"""The run folder: config.json, provenance.json, metrics.jsonl, last.pt, best.pt and snapshots/, none ever half-written."""
+"""What a run folder holds, and how it is written so that a crash never leaves half a file.
+
+config.json, provenance.json, metrics.jsonl (a line an epoch), last.pt (all that is needed to go on), best.pt and
+snapshots/epoch_XXXX.pt (weights alone, ready for load_weights and the viewer).
+"""
 
 import dataclasses
 import json
@@ -24,15 +28,44 @@ def save(record: dict, file: Path):
     os.replace(partial, file)
 
 
-def model_record(model: ConViT, classes: list[str], epoch: int, half: bool = False) -> dict:
-    """What a file of weights needs to be opened by itself: weights, config, class names, epoch."""
+def save_weights(model: ConViT, classes: list[str], epoch: int, file: Path, half: bool = False):
+    """Write a model so that the file opens by itself: weights (in half precision if asked), config, classes, epoch."""
     state = {key: value.half() if half else value for key, value in model.state_dict().items()}
-    return {"model": state, "model_config": dataclasses.asdict(model.config), "classes": classes, "epoch": epoch}
+    config = dataclasses.asdict(model.config)
+    save({"model": state, "model_config": config, "classes": classes, "epoch": epoch}, file)
+
+
+def save_last(run: Path, parts: dict, epoch: int, best: float):
+    """Write last.pt: the state of every part (model, optimizer ...) and of the random numbers after this epoch."""
+    record = {name: part.state_dict() for name, part in parts.items()}
+    save(record | {"rng": torch.get_rng_state(), "epoch": epoch, "best": best}, run / "last.pt")
+
+
+def resume(run: Path, parts: dict, device: torch.device) -> tuple[int, float]:
+    """Put all parts back as last.pt has them; return the epoch to go on with, and the best score so far.
+
+    Raises FileNotFoundError or ValueError where there is no last.pt that fits.
+    """
+    file = run / "last.pt"
+    if not file.exists():
+        raise FileNotFoundError(f"{run} holds no run to go on with; leave out --resume to start one")
+    try:
+        record = torch.load(file, map_location=device, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(record[name])
+        torch.set_rng_state(record["rng"].cpu())
+    except Exception as error:  # damaged files make the unpickler raise nearly anything
+        raise ValueError(f"{file} is damaged, or of a run with other settings") from error
+    metrics = [line for line in read_metrics(run) if line["epoch"] <= record["epoch"]]  # a later one was cut off
+    partial = run / "metrics.tmp"
+    partial.write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    os.replace(partial, run / "metrics.jsonl")
+    return record["epoch"] + 1, record["best"]
 
 
 def snapshot_epochs(epochs: int, count: int = 16) -> set[int]:
-    """Epochs at which to keep a snapshot: 0, 1 and the last, and between them about evenly on a log scale."""
-    return {0} | {round(epochs ** (i / max(count - 2, 1))) for i in range(count - 1)}
+    """Epochs of which to keep a snapshot: 0, 1 and the last, and up to count in all, about even on a log scale."""
+    return {0} | {round(epochs ** (i / (count - 2))) for i in range(count - 1)}
 
 
 def start_run(run: Path, config: dict, device: torch.device):

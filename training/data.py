@@ -27,14 +27,16 @@ class Pictures(NamedTuple):
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
 
-def load_pictures(dataset: str, data_dir: str, img_size: int) -> tuple[Pictures, Pictures]:
-    """The training and the test set; data_dir with a train/ folder inside is a folder of pictures, whatever `dataset` says.
+def load_pictures(dataset: str, data_dir: str, img_size: int, device: torch.device) -> tuple[Pictures, Pictures]:
+    """The training and the test set, on the device. A data_dir with train/ inside is a folder of pictures in any case.
 
-    Raises ValueError or FileNotFoundError, with what to do, where the data are missing or unusable.
+    Raises ValueError or FileNotFoundError, saying what to do, where pictures are missing or unusable.
     """
     if dataset == "folder" or (Path(data_dir) / "train").is_dir():
-        return load_folder(Path(data_dir), img_size)
-    return load_cifar(dataset, data_dir, img_size)
+        train, test = load_folder(Path(data_dir), img_size)
+    else:
+        train, test = load_cifar(dataset, data_dir, img_size)
+    return train.to(device), test.to(device)
 
 
 def load_cifar(dataset: str, data_dir: str, img_size: int = 32) -> tuple[Pictures, Pictures]:
@@ -56,19 +58,14 @@ def load_cifar(dataset: str, data_dir: str, img_size: int = 32) -> tuple[Picture
 
 
 def load_folder(root: Path, img_size: int) -> tuple[Pictures, Pictures]:
-    """A tree train/CLASS/*, and test/CLASS/* or val/CLASS/*: the short side scaled to img_size, the middle square cut out."""
+    """A tree train/CLASS/* and test/CLASS/* or val/CLASS/*; of each picture the middle square, img_size wide."""
     train_dir = root / "train"
     test_dir = root / "test" if (root / "test").is_dir() else root / "val"
-    for folder, wanted in ((train_dir, "train/CLASS/*"), (test_dir, "test/CLASS/* or val/CLASS/*")):
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{root} holds no pictures as {wanted}; --data-dir is the folder that holds train/ and test/"
-            )
+    if not (train_dir.is_dir() and test_dir.is_dir()):
+        raise FileNotFoundError(f"{root} must hold pictures as train/CLASS/* and test/CLASS/* (or val/CLASS/*)")
     train, test = list_pictures(train_dir), list_pictures(test_dir)
     if len(train) < 2:
-        raise ValueError(
-            f"{train_dir} holds the single class {next(iter(train))}; there is nothing to tell apart: add a second"
-        )
+        raise ValueError(f"{train_dir} holds one class only, {next(iter(train))}: add a second to tell it from")
     if train.keys() != test.keys():
         odd = ", ".join(sorted(train.keys() ^ test.keys()))
         raise ValueError(f"{train_dir} and {test_dir} must have the same classes; only one of them has {odd}")
@@ -124,7 +121,7 @@ def read_picture(file: Path, img_size: int) -> Tensor:
 def batches(
     pictures: Pictures, batch_size: int, generator: torch.Generator | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of images and labels: shuffled and without a last short one given a generator, else all of them in order."""
+    """Batches of images and labels: given a generator shuffled and without a last short one, else all, in order."""
     n = len(pictures.images)
     if generator is None:
         yield from zip(pictures.images.split(batch_size), pictures.labels.split(batch_size), strict=True)

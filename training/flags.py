@@ -14,6 +14,17 @@ def flag(default, text: str, **options):
     return dataclasses.field(default=default, metadata={"help": text, **options})
 
 
+def at_least(smallest: int):
+    """An argparse type: a whole number from `smallest` on."""
+
+    def whole_number(text: str) -> int:
+        if not text.isdigit() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} on")
+        return int(text)
+
+    return whole_number
+
+
 def parse_flags(config_class: type[Config], description: str, argv: list[str] | None = None) -> Config:
     """Read the flags of a script. --config FILE, and --resume with the run's own config.json, replace the defaults.
 

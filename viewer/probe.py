@@ -11,7 +11,7 @@ import torch
 from matplotlib import colormaps
 from PIL import Image, ImageOps
 
-from analysis import attention_centres, gates, locality_strengths
+from analysis import gates
 from convit_min import GPSA, ConViT, ConViTConfig, kernel_shape, load_weights, normalise
 
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 20_000_000
@@ -103,7 +103,10 @@ class Probe:
             peaks.append(peak)
             likeliest = logits[0].softmax(dim=0).topk(min(3, len(self.classes)))
             classes.append(
-                [[self.classes[index], round(value, 4)] for value, index in zip(*map(torch.Tensor.tolist, likeliest), strict=True)]
+                [
+                    [self.classes[index], round(value, 4)]
+                    for value, index in zip(*map(torch.Tensor.tolist, likeliest), strict=True)
+                ]
             )
         return content, peaks, classes
 
@@ -120,7 +123,7 @@ def open_snapshot(file: Path) -> tuple[ConViT, dict]:
 
 
 def open_picture(file: Path) -> Image.Image:
-    """Any common picture as RGB, upright, transparency on white. Raises ValueError, in one sentence, for anything else."""
+    """Any common picture as RGB, upright, transparency on white. Raises ValueError, a sentence for the visitor."""
     if file.stat().st_size > MAX_BYTES:
         raise ValueError("This file is larger than 10 MB; please choose a smaller picture.")
     try:

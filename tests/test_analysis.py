@@ -1,0 +1,66 @@
+"""analysis.py against the paper's reference numbers and a slow loop."""
+
+import math
+
+import pytest
+import torch
+from conftest import perturb
+
+from analysis import head_statistics, non_locality, uniform_non_locality
+from convit_min import ConViT, ConViTConfig, HeadAttention, create_model
+
+CONFIG = ConViTConfig(img_size=(20, 28), patch_size=4, num_classes=5, dim=36, num_heads=9, depth=3, gpsa_layers=2)
+
+
+def test_reference_distances():
+    assert uniform_non_locality((14, 14)) == pytest.approx(7.281, abs=1e-3)
+    assert uniform_non_locality((8, 8)) == pytest.approx(4.136, abs=1e-3)
+    model = create_model("convit_tiny", depth=2, gpsa_layers=1)
+    model.blocks[0].attn.qk.weight.data.zero_()  # content uniform, as it nearly is before training
+    heads = head_statistics(model, torch.randn(1, 3, 224, 224))
+    torch.testing.assert_close(heads.non_locality[0], torch.full((4,), 2.679), atol=1e-3, rtol=0)
+
+
+def test_statistics_before_training_are_the_init():
+    heads = head_statistics(ConViT(CONFIG), torch.randn(3, 3, 20, 28))
+    taps = torch.tensor([[x, y] for x in (-1.0, 0.0, 1.0) for y in (-1.0, 0.0, 1.0)])
+    for layer in (0, 1):
+        torch.testing.assert_close(heads.centre[layer], taps)
+        torch.testing.assert_close(heads.strength[layer], torch.ones(9))
+        torch.testing.assert_close(heads.gate[layer], torch.full((9,), 1 / (1 + math.exp(-1))))
+    for reading in (heads.gate, heads.centre, heads.strength):
+        assert reading[2].isnan().all()  # plain attention has no position
+    assert heads.non_locality.isfinite().all()
+
+
+def test_centre_of_a_flat_head_is_nowhere_and_of_a_repelled_one_is_what_it_avoids():
+    model = ConViT(CONFIG)
+    v_pos = model.blocks[0].attn.pos_proj.weight.data
+    v_pos[0] = torch.tensor([1.0, 0.0, 0.0])
+    v_pos[1] = torch.tensor([-4.0, 2.0, 1.0])
+    heads = head_statistics(model, torch.randn(1, 3, 20, 28))
+    assert heads.centre[0, 0].isnan().all() and heads.strength[0, 0] == 0
+    assert heads.centre[0, 1].tolist() == [2.0, -1.0] and heads.strength[0, 1] == -1
+
+
+def test_non_locality_is_measured_on_the_layers_own_input():
+    model, images = perturb(ConViT(CONFIG)).train(), torch.randn(5, 3, 20, 28)
+    measured = head_statistics(model, images, batch_size=2).non_locality
+    assert model.training
+    with torch.no_grad():
+        attention = model.eval()(images, return_attention=True)[1]
+    for layer, head in ((0, 3), (1, 8), (2, 0)):
+        maps = attention[layer].mixed[:, head]
+        if layer == 2:  # the class token, first, has no place
+            maps = maps[:, 1:, 1:] / maps[:, 1:, 1:].sum(-1, keepdim=True)
+        total = 0.0
+        for query in range(35):
+            for key in range(35):
+                distance = math.hypot(query % 7 - key % 7, query // 7 - key // 7)
+                total += maps[:, query, key].mean().item() * distance
+        assert measured[layer, head].item() == pytest.approx(total / 35, rel=1e-4)
+
+
+def test_a_head_that_looks_at_itself_is_local():
+    eye = torch.eye(12).expand(2, 1, 12, 12)
+    assert non_locality(HeadAttention(eye, None, torch.zeros(1), eye), (3, 4)).tolist() == [0.0]

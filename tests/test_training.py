@@ -1,0 +1,283 @@
+"""train_cifar.py as a user runs it, and its parts against slow references."""
+
+import hashlib
+import http.server
+import json
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_cifar
+from convit_min import create_model, load_weights, normalise
+from training import checkpoint
+from training.data import CIFAR, crop_and_flip, load_cifar, load_folder
+from training.loop import ema_average, learning_rate, parameter_groups
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--epochs", "2", "--batch-size", "8", "--device", "cpu"]
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """24 training and 9 test pictures of three classes, of several sizes and kinds, a hidden file among them."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 3)):
+        for colour, name in enumerate(("red", "green", "blue")):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 120, (32 + 8 * (index % 2), 32, 3), dtype=np.uint8)
+                pixels[..., colour] += 130
+                picture = Image.fromarray(pixels)
+                picture = picture.convert("L") if index == 2 else picture
+                picture.save(folder / f"{index}.{'png' if index % 2 else 'jpg'}")
+    (tmp_path / "pictures" / "train" / "red" / ".DS_Store").write_bytes(b"\0")
+    return tmp_path / "pictures"
+
+
+def run_main(monkeypatch, *flags) -> str:
+    """The message that the script exits with."""
+    monkeypatch.setattr(sys, "argv", ["train_cifar.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stopped:
+        train_cifar.main()
+    return str(stopped.value.code)
+
+
+def script(*flags) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "train_cifar.py", *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_run_killed_and_resumed_ends_with_the_same_bits(tree, tmp_path):
+    flags = ["--data-dir", tree, *QUICK, "--drop-path", "0.2"]
+    straight = script(*flags, "--run", tmp_path / "straight")
+    output, _ = straight.communicate(timeout=200)
+    assert straight.returncode == 0, output
+
+    killed = script(*flags, "--run", tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) == 2):
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    again = script("--run", tmp_path / "killed", "--resume")
+    output, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, output
+
+    one, other = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "killed"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, other[part][key]) for key, value in one[part].items())
+    lines = [checkpoint.read_metrics(tmp_path / name) for name in ("straight", "killed")]
+    for line in lines[0] + lines[1]:
+        line.pop("images_per_second", None)
+    assert lines[0] == lines[1]
+
+
+def test_what_a_run_folder_holds(tree, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["train_cifar.py", "--data-dir", str(tree), "--run", str(run), *QUICK])
+    train_cifar.main()
+    config = json.loads((run / "config.json").read_text())
+    assert config["epochs"] == 2 and config["model"] == "convit_cifar_nano"
+    assert json.loads((run / "provenance.json").read_text())["torch"] == torch.__version__
+    for picture in ("curves.png", "gates.png", "nonlocality.png"):
+        with Image.open(run / picture) as image:
+            image.verify()
+
+    metrics = checkpoint.read_metrics(run)
+    assert [line["epoch"] for line in metrics] == [0, 1, 2]
+    assert metrics[2]["train_loss"] < metrics[1]["train_loss"]
+    record = torch.load(run / "snapshots" / "epoch_0002.pt", weights_only=True)
+    assert record["classes"] == ["blue", "green", "red"] and record["epoch"] == 2
+    assert record["model"]["pos_embed"].dtype == torch.float16
+    gates = torch.stack([record["model"][f"blocks.{layer}.attn.gating_param"].float() for layer in range(5)]).sigmoid()
+    torch.testing.assert_close(torch.tensor(metrics[2]["heads"]["gate"][:5]), gates, atol=2e-3, rtol=0)
+    assert metrics[2]["heads"]["gate"][6] == [None] * 9
+    assert gates.std() > 1e-3  # they have begun to move
+
+    model = create_model("convit_cifar_nano", num_classes=3).eval()
+    load_weights(model, run / "best.pt")
+    _, test = load_folder(tree, 32)
+    with torch.no_grad():
+        accuracy = (model(normalise(test.images)).argmax(1) == test.labels).float().mean().item() * 100
+    assert accuracy == pytest.approx(max(line["test_accuracy"] for line in metrics))
+
+
+def test_bad_input_gives_one_sentence_and_leaves_nothing(tree, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    flags = ["--data-dir", tree, "--run", run, *QUICK]
+
+    def complaint(*changes) -> str:
+        message = run_main(monkeypatch, *flags, *changes)
+        return capsys.readouterr().err if message == "2" else message
+
+    assert "there is no model 'convit_nano'" in complaint("--model", "convit_nano")
+    assert "patch_size=5" in complaint("--patch-size", "5")
+    assert "fewer than --batch-size 100" in complaint("--batch-size", "100")
+    assert "unrecognized arguments: --epoch" in complaint("--epoch", "3")
+    assert "from 1 on" in complaint("--batch-size", "0")
+    assert "invalid float value" in complaint("--lr", "fast")
+    assert "cannot be opened" in complaint("--resume")
+    assert "cannot be opened" in complaint("--config", tmp_path / "nothing.json")
+    (tmp_path / "other.json").write_text('{"leaning_rate": 1}')
+    assert "not a config.json" in complaint("--config", tmp_path / "other.json")
+    assert "must hold pictures as train/CLASS/*" in complaint("--data-dir", tmp_path / "none", "--dataset", "folder")
+
+    (tree / "train" / "red" / "notes.jpg").write_text("no picture")
+    assert "notes.jpg cannot be read as a picture" in complaint()
+    (tree / "train" / "red" / "notes.jpg").unlink()
+    (tree / "train" / "empty").mkdir()
+    assert "empty holds no pictures" in complaint()
+    (tree / "train" / "empty").rmdir()
+    (tree / "test" / "blue").rename(tree / "test" / "yellow")
+    assert "blue, yellow" in complaint()
+    for split in ("train/blue", "train/green", "test/yellow", "test/green"):
+        (tree / split).rename(tmp_path / split.replace("/", "_"))
+    assert "one class only" in complaint()
+    assert not run.exists()
+
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("precious")
+    for split in ("train/blue", "test/yellow"):
+        (tmp_path / split.replace("/", "_")).rename(tree / split.replace("yellow", "blue"))
+    assert "holds a run already" in complaint()
+    assert [file.name for file in run.iterdir()] == ["metrics.jsonl"] and (
+        run / "metrics.jsonl"
+    ).read_text() == "precious"
+
+
+def test_a_loss_that_explodes_stops_the_run(tree, tmp_path, monkeypatch):
+    message = run_main(monkeypatch, "--data-dir", tree, "--run", tmp_path / "run", *QUICK, "--lr", "1e30")
+    assert "no longer finite at step" in message and "lower --lr" in message
+
+
+def test_crop_and_flip_draws_for_every_picture():
+    images = torch.randint(1, 256, (200, 3, 6, 5), dtype=torch.uint8)
+    augmented = crop_and_flip(images, torch.Generator().manual_seed(1), padding=2)
+    assert augmented.dtype == torch.uint8
+    draws = set()
+    for image, result in zip(images, augmented, strict=True):
+        padded = torch.zeros(3, 10, 9, dtype=torch.uint8)
+        padded[:, 2:8, 2:7] = image
+        found = [
+            (y, x, flip)
+            for y in range(5) for x in range(5) for flip in (False, True)
+            if torch.equal(result, padded[:, y : y + 6, x : x + 5].flip(-1) if flip else padded[:, y : y + 6, x : x + 5])
+        ]  # fmt: skip
+        assert len(found) == 1
+        draws.add(found[0])
+    assert len(draws) > 40  # of 50
+
+
+def test_schedule_and_groups():
+    rates = [learning_rate(step, 1000, 100, 1e-3) for step in range(1000)]
+    assert rates[0] == 1e-6 and rates[100] == max(rates) == 1e-3 and rates[999] == pytest.approx(1e-5)
+    assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[550] == pytest.approx((1e-3 + 1e-5) / 2, rel=0.01)
+
+    model = create_model("convit_cifar_nano")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, plain, gates = (
+        {names[id(parameter)] for parameter in group["params"]} for group in parameter_groups(model, 0.05, 20)
+    )
+    assert gates == {f"blocks.{layer}.attn.gating_param" for layer in range(5)}
+    assert {"pos_embed", "cls_token", "norm.weight", "blocks.0.norm1.bias", "patch_embed.proj.bias"} <= plain
+    assert {"blocks.0.attn.pos_proj.weight", "head.weight", "patch_embed.proj.weight"} <= decayed
+    assert not decayed & plain
+    assert len(decayed | plain | gates) == len(names) - 5  # all but the five frozen pos_proj.bias
+
+
+def test_ema_is_a_moving_average():
+    average, ema = ema_average(0.9), torch.zeros(())
+    for updates in range(1, 200):
+        ema = average(ema, torch.ones(()), torch.tensor(updates))
+    assert ema == pytest.approx(1, abs=1e-4)
+    assert average(torch.zeros(()), torch.ones(()), torch.tensor(10_000)) == pytest.approx(0.1)
+    assert ema_average(0.0)(torch.zeros(()), torch.ones(()), torch.tensor(5)) == 1
+
+
+def test_snapshot_epochs():
+    assert checkpoint.snapshot_epochs(1) == {0, 1}
+    many = sorted(checkpoint.snapshot_epochs(300))
+    assert many[:3] == [0, 1, 2] and many[-1] == 300 and 12 <= len(many) <= 16
+    gaps = [after / before for before, after in zip(many[5:], many[6:], strict=False)]
+    assert max(gaps) < 1.7
+
+
+@pytest.fixture
+def cifar_server(tmp_path, monkeypatch):
+    """A tiny CIFAR-10 in the official layout, on a web server of its own, its checksums known to torchvision."""
+    base = tmp_path / "www" / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    random = np.random.default_rng(0)
+
+    def checksum(file: Path) -> str:
+        return hashlib.md5(file.read_bytes()).hexdigest()
+
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        content = {"data": random.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3]}
+        (base / name).write_bytes(pickle.dumps(content))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
+    archive = tmp_path / "www" / "cifar.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(base, base.name)
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(tmp_path / "www")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    cifar = CIFAR["cifar10"]
+    monkeypatch.setattr(cifar, "url", f"http://127.0.0.1:{server.server_port}/cifar.tar.gz")
+    monkeypatch.setattr(cifar, "filename", "cifar.tar.gz")
+    monkeypatch.setattr(cifar, "tgz_md5", checksum(archive))
+    monkeypatch.setattr(
+        cifar, "train_list", [[f"data_batch_{i}", checksum(base / f"data_batch_{i}")] for i in range(1, 6)]
+    )
+    monkeypatch.setattr(cifar, "test_list", [["test_batch", checksum(base / "test_batch")]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": checksum(base / "batches.meta")}
+    monkeypatch.setattr(cifar, "meta", meta)
+    yield archive
+    server.shutdown()
+
+
+def test_cifar_is_downloaded_once_and_checked(cifar_server, tmp_path):
+    train, test = load_cifar("cifar10", str(tmp_path / "data"))
+    assert train.images.shape == (20, 3, 32, 32) and train.images.dtype == torch.uint8
+    assert test.labels.tolist() == [0, 1, 2, 3] and train.classes[9] == "class9"
+    cifar_server.unlink()
+    again, _ = load_cifar("cifar10", str(tmp_path / "data"), img_size=16)
+    assert again.images.shape == (20, 3, 16, 16)
+
+
+def test_a_damaged_download_is_refused(cifar_server, tmp_path):
+    cifar_server.write_bytes(cifar_server.read_bytes()[:-100])
+    with pytest.raises(FileNotFoundError, match="could not be downloaded"):
+        load_cifar("cifar10", str(tmp_path / "data"))
+
+
+def test_real_pictures_are_read_right(tmp_path):
+    archive = ROOT.parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
+    if not archive.exists():
+        pytest.skip("the real pictures are not on this machine")
+    with tarfile.open(archive) as tar:
+        wanted = re.compile(r"(.*/)?(train|test)/(cat|ship)/000\d\.jpg$")
+        tar.extractall(tmp_path, [member for member in tar if wanted.match(member.name)], filter="data")
+    root = next(tmp_path.rglob("train")).parent
+    train, test = load_folder(root, 32)
+    assert train.classes == ["cat", "ship"] and train.images.shape[1:] == (3, 32, 32)
+    first = np.array(Image.open(sorted((root / "train" / "cat").iterdir())[0]).convert("RGB"))
+    assert np.array_equal(train.images[0].permute(1, 2, 0).numpy(), first)
+    assert len(test.labels) == test.labels.eq(0).sum() + test.labels.eq(1).sum() > 0
