@@ -25,6 +25,15 @@ Every head of a ConViT mixes a **position** map, the same for all pictures, with
 **gate**. It starts as one tap of a convolution. Click a patch, move through training, choose another picture."""
 
 
+class PictureFile(gr.Image):
+    """gr.Image that hands over the visitor's file as it is: open_picture reads more kinds, and complains in words."""
+
+    is_template = True  # in the browser it is a plain gr.Image
+
+    def preprocess(self, payload):
+        return payload and payload.path
+
+
 def build(run: Path) -> gr.Blocks:
     """The page for a run folder. Raises FileNotFoundError or ValueError where there is nothing to show."""
     probe = Probe(run)
@@ -53,8 +62,8 @@ def build(run: Path) -> gr.Blocks:
             elem_id="panel",
         )
         with gr.Row():
-            upload = gr.Image(
-                type="filepath", sources=["upload", "clipboard"], label="Your own picture", height=220, elem_id="upload"
+            upload = PictureFile(
+                sources=["upload", "clipboard"], type="filepath", label="Your own picture", height=220, elem_id="upload"
             )
             gr.Examples([[file] for file in examples], upload, label="Or one of these", elem_id="examples")
         upload.change(show, upload, panel, show_progress="hidden", trigger_mode="multiple", api_visibility="private")

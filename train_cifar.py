@@ -116,7 +116,7 @@ def main():
                     progress.set_postfix(loss=f"{mean_loss:.3f}")
                     if not math.isfinite(mean_loss):
                         sys.exit(
-                            f"\ntrain_cifar.py: the loss is no longer finite at step {step + 1}, learning rate {rate:.2g}: "
+                            f"\ntrain_cifar.py: the loss is no longer finite at step {step + 1}, rate {rate:.2g}: "
                             f"start again with a lower --lr; {run}/last.pt is the end of epoch {epoch - 1}"
                         )
             progress.close()

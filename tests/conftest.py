@@ -1,9 +1,12 @@
 """Fixtures that several test files share."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+
+DEMO = Path(__file__).parent.parent / "demo"
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 torch.set_num_threads(2)

@@ -1,0 +1,96 @@
+"""Watch the heads of a ConViT leave position for content, in the browser.
+
+python app.py                        opens the run that ships in demo/, on http://127.0.0.1:7860
+python app.py --run runs/cifar       a run of your own
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import: no outbound request, ever
+
+import gradio as gr
+import torch
+from gradio.media import get_image
+
+from viewer.probe import Probe
+
+HERE = Path(__file__).parent
+EXAMPLES = ["cheetah1.jpg", "lion.jpg", "bus.png", "tower.jpg"]  # they ship inside Gradio
+INTRODUCTION = """# Watch attention heads leave position for content
+Every head of a ConViT mixes a **position** map, the same for all pictures, with a **content** map, by a learned
+**gate**. It starts as one tap of a convolution. Click a patch, move through training, choose another picture."""
+
+from gradio.events import Dependency
+
+class PictureFile(gr.Image):
+    """gr.Image that hands over the visitor's file as it is: open_picture reads more kinds, and complains in words."""
+
+    is_template = True  # in the browser it is a plain gr.Image
+
+    def preprocess(self, payload):
+        return payload and payload.path
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+def build(run: Path) -> gr.Blocks:
+    """The page for a run folder. Raises FileNotFoundError or ValueError where there is nothing to show."""
+    probe = Probe(run)
+    examples = [get_image(name) for name in EXAMPLES]
+
+    def read_layer(asked: dict) -> dict:
+        return probe.read_layer(asked["pixels"], asked["layer"])
+
+    def show(file: str | None):
+        if file is None:
+            return gr.skip()
+        try:
+            return json.dumps(probe.picture(file))
+        except ValueError as problem:
+            raise gr.Error(str(problem), print_exception=False) from None
+
+    with gr.Blocks(title="ConViT: watch heads escape", fill_width=True) as page:
+        gr.Markdown(INTRODUCTION)
+        panel = gr.HTML(
+            value=json.dumps(probe.picture(examples[0])),
+            html_template=(HERE / "viewer/panel.html").read_text(),
+            css_template=(HERE / "viewer/panel.css").read_text(),
+            js_on_load=(HERE / "viewer/panel.js").read_text(),
+            server_functions=[read_layer],
+            run=probe.description(),
+            elem_id="panel",
+        )
+        with gr.Row():
+            upload = PictureFile(
+                sources=["upload", "clipboard"], type="filepath", label="Your own picture", height=220, elem_id="upload"
+            )
+            gr.Examples([[file] for file in examples], upload, label="Or one of these", elem_id="examples")
+        upload.change(show, upload, panel, show_progress="hidden", trigger_mode="multiple", api_visibility="private")
+    return page
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--run", default=HERE / "demo", type=Path, help="run folder of train_cifar.py (default: demo/)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", default=7860, type=int, help="port to listen on (default: %(default)s)")
+    given = parser.parse_args()
+    torch.set_num_threads(2)
+    try:
+        page = build(given.run)
+    except (FileNotFoundError, ValueError) as problem:
+        sys.exit(f"app.py: {problem}")
+    page.launch(server_name=given.host, server_port=given.port, footer_links=[], show_error=True)
+
+
+if __name__ == "__main__":
+    main()
