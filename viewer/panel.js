@@ -132,7 +132,7 @@ function paintCurves() {
 
 function paintWall() {
   const gates = run.gate[state.checkpoint];
-  find(".wall").style.gridTemplateColumns = `auto repeat(${heads}, 1fr)`;
+  find(".wall").style.gridTemplateColumns = `auto repeat(${heads}, minmax(0, 1fr))`;
   find(".wall").innerHTML = gates
     .map((layer, index) => `<span>layer ${run.layers[index] + 1}</span>` + layer.map((gate, head) =>
       `<div class="cell" style="background: ${gateColour(gate)}" title="layer ${run.layers[index] + 1}, head ${head + 1}: gate ${gate.toFixed(2)}"></div>`).join(""))
@@ -215,13 +215,13 @@ find(".checkpoint").max = run.epochs.length - 1;
 find(".checkpoint").value = state.checkpoint;
 find(".heads").style.setProperty("--patch-width", `${100 / columns}%`);
 find(".heads").style.setProperty("--patch-height", `${100 / rows}%`);
-find(".heads").style.gridTemplateColumns = `repeat(${run.kernel[1]}, 1fr)`;
+find(".heads").style.gridTemplateColumns = `repeat(${run.kernel[1]}, minmax(0, 1fr))`;
 find(".heads").innerHTML = Array.from({ length: heads }, (_, index) => {
   const head = Math.floor(index / run.kernel[1]) + (index % run.kernel[1]) * run.kernel[0]; // released order: down the columns
-  const figure = (name, word) => `<figure><div class="map"><canvas class="${name}"></canvas><i></i></div><figcaption>${word} <span></span></figcaption></figure>`;
+  const figure = (name, word) => `<figure><div class="map"><canvas class="${name}"></canvas><i></i></div><figcaption><em>${word}</em> <span></span></figcaption></figure>`;
   return `<div class="head" data-head="${head}"><div class="maps">${figure("position", "position")}${figure("content", "content")}${figure("mixed", "mix")}</div>
     <div class="track" title="gate: orange is position, blue content"><div class="fill"></div></div>
-    <div class="numbers">gate <b class="gate"></b> · mean distance <span class="distance"></span></div></div>`;
+    <div class="numbers"><em>gate</em> <b class="gate"></b> <em>· mean distance</em> <span class="distance"></span></div></div>`;
 }).join("");
 const ramp = find(".ramp").getContext("2d");
 const rampImage = ramp.createImageData(256, 1);
