@@ -24,8 +24,6 @@ INTRODUCTION = """# Watch attention heads leave position for content
 Every head of a ConViT mixes a **position** map, the same for all pictures, with a **content** map, by a learned
 **gate**. It starts as one tap of a convolution. Click a patch, move through training, choose another picture."""
 
-from gradio.events import Dependency
-
 class PictureFile(gr.Image):
     """gr.Image that hands over the visitor's file as it is: open_picture reads more kinds, and complains in words."""
 
@@ -33,12 +31,14 @@ class PictureFile(gr.Image):
 
     def preprocess(self, payload):
         return payload and payload.path
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 def build(run: Path) -> gr.Blocks:
     """The page for a run folder. Raises FileNotFoundError or ValueError where there is nothing to show."""
@@ -75,7 +75,6 @@ def build(run: Path) -> gr.Blocks:
         upload.change(show, upload, panel, show_progress="hidden", trigger_mode="multiple", api_visibility="private")
     return page
 
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -90,7 +89,6 @@ def main():
     except (FileNotFoundError, ValueError) as problem:
         sys.exit(f"app.py: {problem}")
     page.launch(server_name=given.host, server_port=given.port, footer_links=[], show_error=True)
-
 
 if __name__ == "__main__":
     main()

@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 
@@ -180,10 +180,12 @@ class GPSA(nn.Module):
         gate = self.gating_param.sigmoid()
 
         by_content = F.scaled_dot_product_attention(q, k, v.flatten(2, 3))
-        by_position = position_y.to(v.dtype) @ v.flatten(3)  # every column of patches at once
-        by_position = position_x.to(v.dtype)[:, None] @ by_position.unflatten(3, (width, -1))  # then every row
-        mixed = by_content.lerp(by_position.flatten(2, 3), gate.to(v.dtype)[:, None, None])
-        output = self.proj(rearrange(mixed, "b h (Y X) d -> b Y X (h d)", Y=height))
+        by_content = rearrange(by_content, "b h (Y X) d -> b Y X (h d)", Y=height)
+        by_position = position_y.to(v.dtype) @ v.flatten(3)  # every row averages whole rows of patches
+        by_position = position_x.to(v.dtype)[:, None] @ by_position.unflatten(3, (width, -1))  # then patches in a row
+        by_position = rearrange(by_position, "b h Y X d -> b Y X (h d)")
+        share = repeat(gate, "h -> (h d)", d=v.shape[-1]).to(v.dtype)
+        output = self.proj(by_content.lerp(by_position, share))  # (1 - gate) * content + gate * position
         if not return_attention:
             return output, None
 

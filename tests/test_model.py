@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import perturb
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from convit_min import GPSA, MODELS, ConViT, ConViTConfig, create_model, freeze_gpsa, kernel_shape, load_weights
@@ -122,9 +124,26 @@ def slow_position_map(v_pos, height, width):
         scores = []
         for key in range(height * width):
             dx, dy = key % width - query % width, key // width - query // width
-            scores.append(math.exp(v_pos[0] * dx + v_pos[1] * dy + v_pos[2] * (dx**2 + dy**2)))
-        rows.append([score / sum(scores) for score in scores])
+            scores.append(v_pos[0] * dx + v_pos[1] * dy + v_pos[2] * (dx**2 + dy**2))
+        weights = [math.exp(score - max(scores)) for score in scores]
+        rows.append([weight / sum(weights) for weight in weights])
     return torch.tensor(rows)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    v_pos=st.lists(st.tuples(*[st.floats(-3, 3, width=32)] * 3), min_size=9, max_size=9),
+)
+def test_separable_position_is_the_equation_for_any_grid_and_head(height, width, v_pos):
+    attn = ConViT(small_config()).blocks[0].attn
+    with torch.no_grad():
+        attn.pos_proj.weight.copy_(torch.tensor(v_pos))
+        position_y, position_x = attn.position_attention(height, width)
+    for head in range(9):
+        expected = slow_position_map(v_pos[head], height, width)
+        torch.testing.assert_close(torch.kron(position_y[head], position_x[head]), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_position_map_against_the_equation():
