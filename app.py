@@ -25,15 +25,6 @@ Every head of a ConViT mixes a **position** map, the same for all pictures, with
 **gate**. It starts as one tap of a convolution. Click a patch, move through training, choose another picture."""
 
 
-class PictureFile(gr.Image):
-    """gr.Image that hands over the visitor's file as it is: open_picture reads more kinds, and complains in words."""
-
-    is_template = True  # in the browser it is a plain gr.Image
-
-    def preprocess(self, payload):
-        return payload and payload.path
-
-
 def build(run: Path) -> gr.Blocks:
     """The page for a run folder. Raises FileNotFoundError or ValueError where there is nothing to show."""
     probe = Probe(run)
@@ -62,9 +53,12 @@ def build(run: Path) -> gr.Blocks:
             elem_id="panel",
         )
         with gr.Row():
-            upload = PictureFile(
+            upload = gr.Image(
                 sources=["upload", "clipboard"], type="filepath", label="Your own picture", height=220, elem_id="upload"
             )
+            upload.preprocess = lambda file: (
+                file and file.path
+            )  # as it is: open_picture reads more, and says what is wrong
             gr.Examples([[file] for file in examples], upload, label="Or one of these", elem_id="examples")
         upload.change(show, upload, panel, show_progress="hidden", trigger_mode="multiple", api_visibility="private")
     return page
