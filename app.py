@@ -56,9 +56,8 @@ def build(run: Path) -> gr.Blocks:
             upload = gr.Image(
                 sources=["upload", "clipboard"], type="filepath", label="Your own picture", height=220, elem_id="upload"
             )
-            upload.preprocess = lambda file: (
-                file and file.path
-            )  # as it is: open_picture reads more, and says what is wrong
+            # The file as it is, not what Gradio makes of it: open_picture reads more kinds, and says what is wrong.
+            upload.preprocess = lambda file: file and file.path
             gr.Examples([[file] for file in examples], upload, label="Or one of these", elem_id="examples")
         upload.change(show, upload, panel, show_progress="hidden", trigger_mode="multiple", api_visibility="private")
     return page
@@ -70,14 +69,14 @@ def main():
     )
     parser.add_argument("--run", default=HERE / "demo", type=Path, help="run folder of train_cifar.py (default: demo/)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", default=7860, type=int, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
     given = parser.parse_args()
     torch.set_num_threads(2)
     try:
         page = build(given.run)
-    except (FileNotFoundError, ValueError) as problem:
+        page.launch(server_name=given.host, server_port=given.port, footer_links=[], show_error=True)
+    except (ValueError, OSError) as problem:  # OSError: no such run, or the port is taken
         sys.exit(f"app.py: {problem}")
-    page.launch(server_name=given.host, server_port=given.port, footer_links=[], show_error=True)
 
 
 if __name__ == "__main__":
