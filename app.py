@@ -75,8 +75,10 @@ def main():
     try:
         page = build(given.run)
         page.launch(server_name=given.host, server_port=given.port, footer_links=[], show_error=True)
-    except (ValueError, OSError) as problem:  # OSError: no such run, or the port is taken
+    except (FileNotFoundError, ValueError) as problem:
         sys.exit(f"app.py: {problem}")
+    except OSError:
+        sys.exit(f"app.py: port {given.port} is in use; choose another with --port, or leave it out")
 
 
 if __name__ == "__main__":
