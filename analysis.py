@@ -3,6 +3,8 @@
 Everything is per layer and head, (l h); plain blocks have no position and so hold NaN in all but the non-locality.
 """
 
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -49,7 +51,7 @@ def attention_centres(model: ConViT) -> Tensor:
 
     With a negative alpha this is the place that the head avoids.
     """
-    return _per_head(model, lambda attn: _centre(attn.pos_proj.weight))
+    return _per_head(model, lambda attn: _centre(attn.pos_proj.weight), (2,))
 
 
 def non_locality(attention: HeadAttention, grid: tuple[int, int]) -> Tensor:
@@ -74,14 +76,19 @@ def patch_distances(grid: tuple[int, int]) -> Tensor:
     return torch.cdist(place, place)
 
 
+def read_metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, one an epoch; an unfinished last one, of a run cut off, is left out."""
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 def _centre(v_pos: Tensor) -> Tensor:
     curvature = v_pos[:, 2:]
     return torch.where(curvature == 0, torch.nan, v_pos[:, :2] / (-2 * curvature))
 
 
-def _per_head(model: ConViT, read) -> Tensor:
-    """Stack what `read` says of every GPSA layer, with NaN of the same shape for the plain ones."""
-    readings = [read(block.attn).detach().float() if isinstance(block.attn, GPSA) else None for block in model.blocks]
-    shape = next((reading.shape for reading in readings if reading is not None), (model.config.num_heads,))
-    device = next(model.parameters()).device
-    return torch.stack([torch.full(shape, torch.nan, device=device) if r is None else r for r in readings])
+def _per_head(model: ConViT, read, shape: tuple[int, ...] = ()) -> Tensor:
+    """What `read` says of every layer, of `shape` for each head (l h ...); NaN for plain layers."""
+    nothing = torch.full((model.config.num_heads, *shape), torch.nan, device=model.pos_embed.device)
+    layers = [block.attn for block in model.blocks]
+    return torch.stack([read(attn).detach().float() if isinstance(attn, GPSA) else nothing for attn in layers])

@@ -3,26 +3,26 @@
 ConViT (d'Ascoli et al., 2021, https://arxiv.org/abs/2103.10697) is a vision transformer whose first blocks use gated
 positional self-attention (GPSA). Every GPSA head mixes two attention maps and learns how much of each it wants:
 
-    content    C = softmax(q k^T / sqrt(d))       what the patches show; another map for every image
-    position   P = softmax(v_pos . r)             where the patches lie; the same map for every image
+    content    C = softmax(q k^T / sqrt(d))       what the patches show: a different map for every image
+    position   P = softmax(v_pos . r)             where the patches lie: the same map for every image
                r = (dx, dy, dx^2 + dy^2)          the offset from query to key, in patches
     mixed      A = (1 - g) C + g P                g = sigmoid(gating_param), one number for each head
     output     proj(A v)
 
-A head starts as one tap of a convolution: P is a Gaussian around one neighbour of the query, g = 0.73 favours it, and
-the values v are the patches themselves. Training may then lower g, and the head leaves position for content.
+A head starts as one tap of a convolution: P is a Gaussian around one tap of a small kernel centred on the query, g is
+0.73, so P leads, and v hands on the head's share of the channels unchanged. Training can lower g: the head leaves
+position for content.
 
 Two identities make this nearly as cheap as plain attention, with no n x n position map in memory:
 
-    P = P_y (x) P_x                               a Gaussian is separable: the Kronecker product of a map for each axis
+    P = kron(P_y, P_x)                            a Gaussian is separable: one small map for each axis of the grid
     A v = (1 - g) C v + g P v                     and C v is PyTorch's fused scaled_dot_product_attention
 
-Letters of the axes: b images, c channels of a token, h heads, d channels of a head, Y X rows and columns of the patch
-grid, n tokens (n = Y X, row by row; one more once the class token has joined). Attention maps are (query, key); where
-a pattern needs an axis twice, the small letter is the key's (h Y y). Each row of a map sums to 1.
+Axes: b images, c channels of a token, h heads, d channels of a head, Y X rows and columns of the patch grid, n tokens
+(n = Y X, row by row; one more once the class token has joined). The axes of a map are (query, key), and where a pattern
+tells them apart, the key's letter is the small one (h Y y). Each row of a map sums to 1.
 """
 
-import copy
 import difflib
 import math
 import warnings
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 
 def require(holds: bool, problem: str):
-    """Raise ValueError(problem) unless it holds."""
+    """Raise ValueError(problem) if something does not hold."""
     if not holds:
         raise ValueError(problem)
 
@@ -47,7 +47,7 @@ def require(holds: bool, problem: str):
 class ConViTConfig:
     """Everything that shapes a model. Raises ValueError, saying what to change, for a combination that cannot work."""
 
-    img_size: int | tuple[int, int] = 224  # pixels, or (height, width): the grid on which pos_embed is learned
+    img_size: int | tuple[int, int] = 224  # side in pixels, or (height, width); sets the grid of pos_embed
     patch_size: int = 16  # pixels; a patch becomes a token
     in_chans: int = 3  # 1 for grey pictures
     num_classes: int = 1000  # 0 leaves the head out: a backbone that returns features
@@ -59,21 +59,21 @@ class ConViTConfig:
     qkv_bias: bool = False  # DeiT has these biases, ConViT does not
     drop_path: float = 0.0  # stochastic depth, rising from 0 in the first block to this in the last
     locality_strength: float = 1.0  # alpha of the initial Gaussians, about 1 / sqrt(alpha) patches wide
-    conv_init: bool = True  # False: position and values start at random (an ablation of Table 3)
-    gate_init: float = 1.0  # gating_param before training; sigmoid(1) = 0.73: position leads, content is not silent
-    gating: str = "learned"  # "frozen" keeps every gate at gate_init (an ablation of Table 3)
+    conv_init: bool = True  # False: position and values start at random (Table 3: "no conv init")
+    gate_init: float = 1.0  # gating_param before training, a logit: sigmoid(1) = 0.73, position leads
+    gating: str = "learned"  # "frozen" keeps gating_param at gate_init (Table 3: "no gating")
     pool: str = "token"  # what the head reads: the class "token", or the "mean" of the patches
 
     def __post_init__(self):
         image, patch, heads = self.image_shape, self.patch_size, self.num_heads
-        smallest = min(*image, patch, self.in_chans, self.dim, self.depth, heads)
-        require(smallest > 0, "img_size, patch_size, in_chans, dim, depth and num_heads must all be at least 1")
+        smallest = min(*image, patch, self.in_chans, self.dim, self.depth, heads, self.mlp_ratio, self.num_classes + 1)
+        require(smallest > 0, "every size must be above 0, and num_classes at least 0")
         require(not any(side % patch for side in image), f"img_size {image} must be a multiple of patch_size={patch}")
         require(self.dim % heads == 0, f"dim={self.dim} must be a multiple of num_heads={heads}")
         require(0 <= self.gpsa_layers <= self.depth, f"gpsa_layers={self.gpsa_layers} must be 0 to depth={self.depth}")
         require(self.pool in ("token", "mean"), f'pool={self.pool!r} must be "token" or "mean"')
-        joins = self.pool == "mean" or self.gpsa_layers < self.depth
-        require(joins, 'the class token needs a plain block to join: lower gpsa_layers, or set pool="mean"')
+        can_join = self.pool == "mean" or self.gpsa_layers < self.depth
+        require(can_join, 'the class token needs a plain block to join: lower gpsa_layers, or set pool="mean"')
         require(self.gating in ("learned", "frozen"), f'gating={self.gating!r} must be "learned" or "frozen"')
         require(0 <= self.drop_path < 1, f"drop_path={self.drop_path} must be at least 0 and below 1")
 
@@ -97,7 +97,7 @@ MODELS = {
     "convit_small_plus": ConViTConfig(dim=576,  num_heads=9),
     "convit_base":       ConViTConfig(dim=768,  num_heads=16),
     "convit_base_plus":  ConViTConfig(dim=1024, num_heads=16),
-    # the DeiT that the paper holds against each
+    # the DeiT that the paper compares with each
     "deit_tiny":         ConViTConfig(dim=192,  num_heads=3,  gpsa_layers=0, qkv_bias=True),
     "deit_tiny_plus":    ConViTConfig(dim=256,  num_heads=4,  gpsa_layers=0, qkv_bias=True),
     "deit_small":        ConViTConfig(dim=384,  num_heads=6,  gpsa_layers=0, qkv_bias=True),
@@ -118,7 +118,7 @@ class HeadAttention(NamedTuple):
 
     content: Tensor  # b h n n
     position: Tensor | None  # h n n; None in plain self-attention
-    gate: Tensor  # h, the sigmoid already taken; 0 in plain self-attention
+    gate: Tensor  # h: g, so after the sigmoid; 0 in plain self-attention
     mixed: Tensor  # b h n n: what the values are averaged with
 
 
@@ -129,19 +129,20 @@ def kernel_shape(num_heads: int) -> tuple[int, int]:
 
 
 def axis_attention(slope: Tensor, curvature: Tensor, length: int) -> Tensor:
-    """Softmax over keys of slope * offset + curvature * offset^2 along one axis of the grid: (h) (h) -> (h n n)."""
+    """Softmax over keys of slope * offset + curvature * offset^2 along one axis: (h) (h) -> h length length."""
     index = torch.arange(length, device=slope.device, dtype=slope.dtype)
     offset = index[None, :] - index[:, None]  # key minus query
     return (slope[:, None, None] * offset + curvature[:, None, None] * offset**2).softmax(dim=-1)
 
 
 def content_attention(q: Tensor, k: Tensor) -> Tensor:
-    """The map that scaled_dot_product_attention keeps to itself: (b h n d) (b h n d) -> (b h n n), in float32."""
-    return (q.float() @ k.float().mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+    """The map that scaled_dot_product_attention keeps to itself: (b h n d) (b h n d) -> b h n n, in float32."""
+    with torch.autocast(q.device.type, enabled=False):
+        return (q.shape[-1] ** -0.5 * (q.float() @ k.float().mT)).softmax(dim=-1)
 
 
 class GPSA(nn.Module):
-    """Gated positional self-attention (Section 3): b Y X c -> b Y X c, on any grid."""
+    """Gated positional self-attention (Section 3): b Y X c -> b Y X c, on a grid of any size."""
 
     def __init__(self, config: ConViTConfig):
         super().__init__()
@@ -168,29 +169,29 @@ class GPSA(nn.Module):
         nn.init.eye_(self.v.weight)
 
     def position_attention(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Where each head looks, whatever the picture: P_y (h Y Y) and P_x (h X X), in float32."""
+        """Where each head looks, whatever the picture: P_y (h Y y) and P_x (h X x), in float32."""
         slope_x, slope_y, curvature = self.pos_proj.weight.float().unbind(dim=1)
         return axis_attention(slope_y, curvature, height), axis_attention(slope_x, curvature, width)
 
     def forward(self, x: Tensor, return_attention: bool = False) -> tuple[Tensor, HeadAttention | None]:
         _, height, width, _ = x.shape
         q, k = rearrange(self.qk(x), "b Y X (two h d) -> two b h (Y X) d", two=2, h=self.num_heads)
-        v = rearrange(self.v(x), "b Y X (h d) -> b h Y X d", h=self.num_heads)
+        v = self.v(x)
         position_y, position_x = self.position_attention(height, width)
         gate = self.gating_param.sigmoid()
 
-        by_content = F.scaled_dot_product_attention(q, k, v.flatten(2, 3))
-        by_content = rearrange(by_content, "b h (Y X) d -> b Y X (h d)", Y=height)
-        by_position = position_y.to(v.dtype) @ v.flatten(3)  # every row averages whole rows of patches
-        by_position = position_x.to(v.dtype)[:, None] @ by_position.unflatten(3, (width, -1))  # then patches in a row
-        by_position = rearrange(by_position, "b h Y X d -> b Y X (h d)")
-        share = repeat(gate, "h -> (h d)", d=v.shape[-1]).to(v.dtype)
-        output = self.proj(by_content.lerp(by_position, share))  # (1 - gate) * content + gate * position
+        c_v = F.scaled_dot_product_attention(q, k, rearrange(v, "b Y X (h d) -> b h (Y X) d", h=self.num_heads))
+        c_v = rearrange(c_v, "b h (Y X) d -> b Y X (h d)", Y=height)
+        p_v = position_y.to(v.dtype) @ rearrange(v, "b y X (h d) -> b h y (X d)", h=self.num_heads)
+        p_v = position_x.to(v.dtype)[:, None] @ rearrange(p_v, "b h Y (x d) -> b h Y x d", x=width)
+        p_v = rearrange(p_v, "b h Y X d -> b Y X (h d)")
+        g = repeat(gate, "h -> (h d)", d=v.shape[-1] // self.num_heads).to(v.dtype)
+        output = self.proj(c_v.lerp(p_v, g))  # lerp: (1 - g) C v + g P v
         if not return_attention:
             return output, None
 
         content = content_attention(q, k)
-        position = einsum(position_y, position_x, "h Y y, h X x -> h Y X y x").flatten(3).flatten(1, 2)
+        position = rearrange(einsum(position_y, position_x, "h Y y, h X x -> h Y X y x"), "h Y X y x -> h (Y X) (y x)")
         return output, HeadAttention(content, position, gate, content.lerp(position, gate.float()[:, None, None]))
 
 
@@ -213,14 +214,14 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Two linear layers with a GELU between: ... c -> ... c."""
+    """Two linear layers with a GELU between: ... c -> ... c. The names are those of released weights."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, a residual branch is left out for a random share of the images."""
+    """Stochastic depth: in training, leaves out a residual branch for each image with probability `rate`."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -230,7 +231,7 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return x
         kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * kept / (1 - self.rate)  # divided, so that the mean stays what it is at test time
+        return x * (kept / (1 - self.rate))  # divided, so that the expected value is that of test time
 
 
 class Block(nn.Module):
@@ -264,21 +265,23 @@ class ConViT(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.head = nn.Linear(config.dim, config.num_classes) if config.num_classes else nn.Identity()
 
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters():  # norms and the convolution start as PyTorch has them
             if name in ("pos_embed", "cls_token") or (name.endswith("weight") and parameter.ndim == 2):
                 nn.init.trunc_normal_(parameter, std=0.02)
             elif name.endswith("bias") and not name.startswith("patch_embed"):
                 nn.init.zeros_(parameter)
-        for block in self.blocks[: config.gpsa_layers] if config.conv_init else ():
-            block.attn.convolutional_init(config.locality_strength)
+        if config.conv_init:
+            for block in self.blocks[: config.gpsa_layers]:
+                block.attn.convolutional_init(config.locality_strength)
 
     def forward(self, images: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, list[HeadAttention]]:
-        """Logits (b num_classes) of images (b in_chans H W); with return_attention also one HeadAttention per block.
+        """Logits (b num_classes) of images (b in_chans height width); if asked, also one HeadAttention per block.
 
-        H and W are any multiples of patch_size, else ValueError; pos_embed is resized to the grid they give.
+        Height and width are any multiples of patch_size, else ValueError; pos_embed is resized to the grid they give.
+        Without a head (num_classes=0) returns features (b dim).
         """
         (height, width), patch = images.shape[-2:], self.config.patch_size
-        require(not (height % patch or width % patch), f"{height} x {width} pixels do not divide by patch_size={patch}")
+        require(not (height % patch or width % patch), f"{height} x {width} pixels cannot be cut by patch_size={patch}")
         x = rearrange(self.patch_embed(images), "b c Y X -> b Y X c")
         x = x + resize_pos_embed(self.pos_embed, self.config.grid, x.shape[1:3])
         attention = []
@@ -287,8 +290,8 @@ class ConViT(nn.Module):
                 x = rearrange(x, "b Y X c -> b (Y X) c")
                 if self.cls_token is not None:  # it has no place on the grid, so it joins after the last GPSA block
                     x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-            x, heads = block(x, return_attention)
-            attention.append(heads)
+            x, maps = block(x, return_attention)
+            attention.append(maps)
         x = self.norm(x)
         logits = self.head(x[:, 0] if self.config.pool == "token" else x.flatten(1, -2).mean(dim=1))
         return (logits, attention) if return_attention else logits
@@ -302,14 +305,14 @@ def create_model(name: str, **changes) -> ConViT:
 
 
 def freeze_gpsa(model: ConViT):
-    """Keep where every GPSA head looks, and its values, as they are now (an ablation of Table 3)."""
+    """Stop training what makes up the attention of GPSA: qk, v, position and gates, not proj (Table 3: "frozen")."""
     for block in model.blocks[: model.config.gpsa_layers]:
         block.attn.requires_grad_(False)
         block.attn.proj.requires_grad_(True)
 
 
 def normalise(pictures: Tensor) -> Tensor:
-    """Pictures of 0..255 (b 3 H W) as all models expect them, released ones too: by ImageNet's mean and deviation."""
+    """Scale pictures of 0..255 (b 3 H W) to what all models here expect: ImageNet's mean 0, its deviation 1."""
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=pictures.device)[..., None, None]
     return (pictures / 255 - mean) / std
 
@@ -319,45 +322,55 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
     pos_embed = rearrange(pos_embed, "1 (Y X) c -> 1 Y X c", Y=old[0])
     if tuple(old) == tuple(new):
         return pos_embed
-    return F.interpolate(pos_embed.permute(0, 3, 1, 2), size=new, mode="bicubic").permute(0, 2, 3, 1)
+    pos_embed = rearrange(pos_embed, "1 Y X c -> 1 c Y X")
+    return rearrange(F.interpolate(pos_embed, size=new, mode="bicubic", antialias=True), "1 c Y X -> 1 Y X c")
 
 
 def load_weights(model: ConViT, source: str | Path):
-    """Load weights from a file, a URL, or the name of a released ConViT: the authors', timm's, DeiT's or our own.
+    """Load weights from a file, a URL or a released name; the authors', timm's, DeiT's and our own have one format.
 
-    For another image size pos_embed is resized; for another number of classes the model keeps its own head, with a
-    warning. Raises FileNotFoundError where there is no such file, and ValueError for one that is damaged, something
-    else, or does not fit; the model is then as it was, and no code from the file has run.
+    For another image size pos_embed is resized (from a square grid); for another number of classes the model keeps its
+    own head, with a warning. Raises FileNotFoundError where there is no such file, and ValueError for a file that is
+    damaged, is something else, or does not fit; the model is then as it was, and no code from the file has run.
     """
-    state, own = read_weights(str(source)), copy.deepcopy(model.state_dict())
-    if "head.weight" in state and len(state["head.weight"]) != model.config.num_classes:
-        warnings.warn(f"{source} has another number of classes: the model keeps its own head", stacklevel=2)
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}
-        state |= {key: value for key, value in own.items() if key.startswith("head.")}
-    try:
-        if "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
-            pos_embed = state["pos_embed"].float()
-            side = math.isqrt(pos_embed.shape[1])
-            if pos_embed.shape[1] == side**2 + 1:  # in DeiT the class token has a row of its own
-                state["cls_token"], pos_embed = state["cls_token"] + pos_embed[:, :1], pos_embed[:, 1:]
-            state["pos_embed"] = resize_pos_embed(pos_embed, (side, side), model.config.grid).flatten(1, 2)
-        model.load_state_dict(state)
-    except (RuntimeError, LookupError) as error:
-        model.load_state_dict(own)  # parts that did fit have been copied by now
-        raise ValueError(f"{source} does not fit this model: {' '.join(str(error).split())}") from None
+    state, own = read_weights(str(source)), model.state_dict()
+    pos_embed, cls_token = state.get("pos_embed"), state.get("cls_token")
+    if pos_embed is not None and pos_embed.ndim == 3 and pos_embed.shape[1] != own["pos_embed"].shape[1]:
+        side = math.isqrt(pos_embed.shape[1])
+        if model.config.gpsa_layers == 0 and cls_token is not None and pos_embed.shape[1] == side**2 + 1:
+            state["cls_token"], pos_embed = cls_token + pos_embed[:, :1], pos_embed[:, 1:]  # as DeiT does on its way
+        if pos_embed.shape[1] == side**2:
+            pos_embed = resize_pos_embed(pos_embed.float(), (side, side), model.config.grid).flatten(1, 2)
+        state["pos_embed"] = pos_embed
+    theirs, ours = ({key: value for key, value in part.items() if "head." in key} for part in (state, own))
+    if {key: value.shape for key, value in theirs.items()} != {key: value.shape for key, value in ours.items()}:
+        warnings.warn(f"{source} has another number of classes: the head stays as it was", stacklevel=2)
+        state = {key: value for key, value in state.items() if key not in theirs} | ours
+
+    wrong = {
+        "missing": own.keys() - state.keys(),
+        "unexpected": state.keys() - own.keys(),
+        "of another shape": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape},
+    }
+    named = "; ".join(f"{what}: {', '.join(sorted(keys))}" for what, keys in wrong.items() if keys)
+    require(not named, f"{source} does not fit this model: {named}")
+    model.load_state_dict(state)
 
 
 def read_weights(source: str) -> dict[str, Tensor]:
     """The tensors of a file, URL or released name, flat or under "model", by name; errors as in load_weights."""
     if source in ("convit_tiny", "convit_small", "convit_base"):
         source = f"https://dl.fbaipublicfiles.com/convit/{source}.pth"
-    read = torch.hub.load_state_dict_from_url if source.startswith(("https://", "http://")) else torch.load
     try:
-        state = read(source, map_location="cpu", weights_only=True)
+        if source.startswith(("https://", "http://")):
+            name = source.partition("://")[2].replace("/", "_")  # the whole address: hub caches by name alone
+            state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True, file_name=name)
+        else:
+            state = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {source}") from None
     except Exception as error:  # an unpickler raises nearly anything on a bad file, and all of it means the same
-        raise ValueError(f"{source} cannot be read as weights: it is damaged, unsafe or out of reach") from error
+        raise ValueError(f"{source} is out of reach, damaged, or nothing that torch.save wrote") from error
     state = state.get("model", state) if isinstance(state, dict) else None
     require(isinstance(state, dict) and any(map(torch.is_tensor, state.values())), f"{source} holds no weights")
     return {str(name): value for name, value in state.items() if torch.is_tensor(value)}

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from analysis import head_statistics, uniform_non_locality
+from analysis import head_statistics, read_metrics, uniform_non_locality
 from convit_min import create_model, normalise
 from training import checkpoint
 from training.data import batches, crop_and_flip, load_pictures
@@ -82,8 +82,10 @@ def main():
             first_epoch, best = checkpoint.resume(run, parts, device)
         else:
             checkpoint.start_run(run, dataclasses.asdict(config), device)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train_cifar.py: {error}")
+    if first_epoch > config.epochs:
+        sys.exit(f"train_cifar.py: the run in {run} has finished its {config.epochs} epochs")
 
     forward = torch.compile(model) if config.compile else model
     steps, warmup_steps = config.epochs * steps_per_epoch, int(config.warmup_epochs * steps_per_epoch)
@@ -134,7 +136,7 @@ def main():
             checkpoint.save_weights(ema.module, train_set.classes, epoch, file, half=True)
         checkpoint.append_metrics(run, metrics)
         checkpoint.save_last(run, parts, epoch, best)
-        draw_run(checkpoint.read_metrics(run), run, uniform_non_locality(model.config.grid))
+        draw_run(read_metrics(run), run, uniform_non_locality(model.config.grid))
         print(f"epoch {epoch:3}  test accuracy {metrics['test_accuracy']:.2f}% (best {best:.2f}%)  "
               f"loss {metrics['test_loss']:.3f}  mean gate {heads.gate.nanmean():.2f}", flush=True)  # fmt: skip
 

@@ -243,7 +243,9 @@ def test_autocast_and_half_follow_float32():
     with torch.no_grad():
         expected = model(images)
         with torch.autocast("cpu", torch.bfloat16):
-            assert (model(images) - expected).abs().max() < 0.05 * expected.abs().max()
+            logits, attention = model(images, return_attention=True)
+            assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+            assert attention[0].mixed.dtype == torch.float32
         assert (model.half()(images.half()) - expected).abs().max() < 0.02 * expected.abs().max()
         assert model(images.half(), return_attention=True)[1][0].mixed.isfinite().all()
 
@@ -286,7 +288,9 @@ def test_on_a_gpu_as_on_the_cpu(dtype):
     ({"pool": "max"}, "pool='max'"),
     ({"gating": "off"}, "gating='off'"),
     ({"drop_path": 1.0}, "drop_path=1.0"),
-    ({"num_heads": 0}, "at least 1"),
+    ({"num_heads": 0}, "above 0"),
+    ({"num_classes": -1}, "at least 0"),
+    ({"mlp_ratio": 0}, "above 0"),
 ])  # fmt: skip
 def test_a_config_that_cannot_work_says_what_to_change(changes, words):
     with pytest.raises(ValueError) as caught:

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 import train_cifar
+from analysis import read_metrics
 from convit_min import create_model, load_weights, normalise
 from training import checkpoint
 from training.data import CIFAR, crop_and_flip, load_cifar, load_folder
@@ -82,7 +83,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(tree, tmp_path):
     one, other = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "killed"))
     for part in ("model", "ema"):
         assert all(torch.equal(value, other[part][key]) for key, value in one[part].items())
-    lines = [checkpoint.read_metrics(tmp_path / name) for name in ("straight", "killed")]
+    lines = [read_metrics(tmp_path / name) for name in ("straight", "killed")]
     for line in lines[0] + lines[1]:
         line.pop("images_per_second", None)
     assert lines[0] == lines[1]
@@ -99,7 +100,7 @@ def test_what_a_run_folder_holds(tree, tmp_path, monkeypatch):
         with Image.open(run / picture) as image:
             image.verify()
 
-    metrics = checkpoint.read_metrics(run)
+    metrics = read_metrics(run)
     assert [line["epoch"] for line in metrics] == [0, 1, 2]
     assert metrics[2]["train_loss"] < metrics[1]["train_loss"]
     record = torch.load(run / "snapshots" / "epoch_0002.pt", weights_only=True)
@@ -136,6 +137,10 @@ def test_bad_input_gives_one_sentence_and_leaves_nothing(tree, tmp_path, monkeyp
     assert "cannot be opened" in complaint("--config", tmp_path / "nothing.json")
     (tmp_path / "other.json").write_text('{"leaning_rate": 1}')
     assert "not a config.json" in complaint("--config", tmp_path / "other.json")
+    (tmp_path / "other.json").write_text('{"epochs": 1.5, "lr": 0.1}')
+    assert "'1.5' is not a whole number" in complaint("--config", tmp_path / "other.json")
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in complaint("--run", tmp_path / "file" / "run")
     assert "must hold pictures as train/CLASS/*" in complaint("--data-dir", tmp_path / "none", "--dataset", "folder")
 
     (tree / "train" / "red" / "notes.jpg").write_text("no picture")
@@ -152,11 +157,11 @@ def test_bad_input_gives_one_sentence_and_leaves_nothing(tree, tmp_path, monkeyp
     assert not run.exists()
 
     run.mkdir()
-    (run / "metrics.jsonl").write_text("precious")
+    (run / "last.pt").write_text("precious")
     for split in ("train/blue", "test/yellow"):
         (tmp_path / split.replace("/", "_")).rename(tree / split.replace("yellow", "blue"))
     assert "holds a run already" in complaint()
-    assert [(file.name, file.read_text()) for file in run.iterdir()] == [("metrics.jsonl", "precious")]
+    assert [(file.name, file.read_text()) for file in run.iterdir()] == [("last.pt", "precious")]
 
 
 def test_a_loss_that_explodes_stops_the_run(tree, tmp_path, monkeypatch):

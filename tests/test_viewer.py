@@ -11,7 +11,8 @@ from conftest import DEMO
 from PIL import Image
 
 from convit_min import ConViT, ConViTConfig, load_weights, normalise
-from viewer.probe import Probe, open_picture
+from pictures import open_picture
+from viewer.probe import Probe, check_upload
 
 
 @pytest.fixture(scope="module")
@@ -106,22 +107,20 @@ def test_every_kind_of_picture_opens_upright_in_rgb(kind, photo, tmp_path):
         assert np.abs(np.asarray(picture)[..., 0].astype(int) - expected).max() <= 1
 
 
-def test_no_picture_gives_one_sentence(tmp_path, photo):
+def test_no_picture_gives_the_visitor_one_sentence(probe, tmp_path, photo):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:100])
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("text", "cut", "empty"):
-        with pytest.raises(ValueError, match="cannot be read as a picture"):
-            open_picture(tmp_path / f"{name}.png")
-    Image.new("1", (5001, 4000)).save(tmp_path / "huge.png")
-    with pytest.raises(ValueError, match="20 million pixels"):
-        open_picture(tmp_path / "huge.png")
-    Image.new("1", (40_000, 40_000)).save(tmp_path / "bomb.png")
-    with pytest.raises(ValueError, match="please"):
-        open_picture(tmp_path / "bomb.png")
+        with pytest.raises(ValueError, match="cannot be read as a picture; please"):
+            probe.picture(tmp_path / f"{name}.png")
+    for name, size in (("huge", (5001, 4000)), ("bomb", (40_000, 40_000))):
+        Image.new("1", size).save(tmp_path / f"{name}.png")
+        with pytest.raises(ValueError, match="20 million pixels; please"):
+            check_upload(tmp_path / f"{name}.png")
     (tmp_path / "heavy.png").write_bytes(b"\0" * (10 * 2**20 + 1))
-    with pytest.raises(ValueError, match="10 MB"):
-        open_picture(tmp_path / "heavy.png")
+    with pytest.raises(ValueError, match="10 MB; please"):
+        check_upload(tmp_path / "heavy.png")
 
 
 def test_folders_that_hold_no_run(tmp_path):

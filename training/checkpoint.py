@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torchvision
 
+from analysis import read_metrics
 from convit_min import ConViT
 
 
@@ -38,7 +39,10 @@ def save_weights(model: ConViT, classes: list[str], epoch: int, file: Path, half
 def save_last(run: Path, parts: dict, epoch: int, best: float):
     """Write last.pt: the state of every part (model, optimizer ...) and of the random numbers after this epoch."""
     record = {name: part.state_dict() for name, part in parts.items()}
-    save(record | {"rng": torch.get_rng_state(), "epoch": epoch, "best": best}, run / "last.pt")
+    record |= {"rng": torch.get_rng_state(), "epoch": epoch, "best": best}
+    if torch.cuda.is_available():
+        record["cuda_rng"] = torch.cuda.get_rng_state()
+    save(record, run / "last.pt")
 
 
 def resume(run: Path, parts: dict, device: torch.device) -> tuple[int, float]:
@@ -54,6 +58,8 @@ def resume(run: Path, parts: dict, device: torch.device) -> tuple[int, float]:
         for name, part in parts.items():
             part.load_state_dict(record[name])
         torch.set_rng_state(record["rng"].cpu())
+        if "cuda_rng" in record and torch.cuda.is_available():
+            torch.cuda.set_rng_state(record["cuda_rng"].cpu())
     except Exception as error:  # damaged files make the unpickler raise nearly anything
         raise ValueError(f"{file} is damaged, or of a run with other settings") from error
     metrics = [line for line in read_metrics(run) if line["epoch"] <= record["epoch"]]  # a later one was cut off
@@ -70,9 +76,10 @@ def snapshot_epochs(epochs: int, count: int = 16) -> set[int]:
 
 def start_run(run: Path, config: dict, device: torch.device):
     """Make a run folder with its config.json and provenance.json. Raises ValueError where there is a run already."""
-    if (run / "metrics.jsonl").exists() or (run / "last.pt").exists():
+    if (run / "last.pt").exists():
         raise ValueError(f"{run} holds a run already: add --resume to go on with it, or choose another --run")
     (run / "snapshots").mkdir(parents=True, exist_ok=True)
+    (run / "metrics.jsonl").write_text("")  # of a run cut off before its first last.pt
     (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (run / "provenance.json").write_text(json.dumps(provenance(device), indent=2) + "\n")
 
@@ -94,11 +101,6 @@ def append_metrics(run: Path, line: dict):
     """Add a line to metrics.jsonl."""
     with open(run / "metrics.jsonl", "a") as stream:
         stream.write(json.dumps(line) + "\n")
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """All lines of metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def nested_list(tensor: torch.Tensor) -> list:

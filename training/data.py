@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+from pictures import middle, open_picture
 
 CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 
@@ -94,7 +95,8 @@ def decode(classes: dict[str, list[Path]], img_size: int, name: str) -> Pictures
     images = torch.empty(len(files), 3, img_size, img_size, dtype=torch.uint8)
 
     def read(index: int):
-        images[index] = read_picture(files[index], img_size)
+        pixels = np.array(middle(open_picture(files[index]), img_size, img_size))
+        images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
         try:
@@ -104,18 +106,6 @@ def decode(classes: dict[str, list[Path]], img_size: int, name: str) -> Pictures
             pool.shutdown(cancel_futures=True)
             raise
     return Pictures(images, torch.tensor(labels), list(classes))
-
-
-def read_picture(file: Path, img_size: int) -> Tensor:
-    """One picture as uint8 (3 img_size img_size). Raises ValueError where the file is none."""
-    try:
-        with Image.open(file) as picture:
-            picture = picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be read as a picture; mend or remove it") from error
-    if picture.size != (img_size, img_size):
-        picture = v2.functional.center_crop(v2.functional.resize(picture, [img_size]), [img_size])
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def batches(

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,29 +41,34 @@ def parse_flags(config_class: type[Config], description: str, argv: list[str] | 
             options.setdefault("type", field.type)
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
 
+    argv = sys.argv[1:] if argv is None else argv
     given = parser.parse_args(argv)
-    file = given.config
-    if getattr(given, "resume", False):
-        file = file or Path(given.run) / "config.json"
+    file = given.config or (Path(given.run) / "config.json" if getattr(given, "resume", False) else None)
     if file:
-        parser.set_defaults(**_read_config(parser, config_class, file))
-        given = parser.parse_args(argv)
+        given = parser.parse_args([*_flags_of(parser, config_class, file), *argv])  # checked like typed ones
     values = vars(given)
     del values["config"]
     return config_class(**values)
 
 
-def _read_config(parser: argparse.ArgumentParser, config_class: type, file: str | Path) -> dict:
+def _flags_of(parser: argparse.ArgumentParser, config_class: type, file: str | Path) -> list[str]:
+    """The flags that a config.json stands for, but for --run and --resume."""
     try:
         values = json.loads(Path(file).read_text())
     except OSError as error:
         parser.error(f"there is no run to go on with or repeat: {file} cannot be opened ({error.strerror})")
     except ValueError:
-        parser.error(f"{file} is not a config.json")
-    names = {field.name for field in dataclasses.fields(config_class)} - {"resume", "run"}
-    if not isinstance(values, dict) or not values.keys() <= names | {"resume", "run"}:
+        values = None
+    if not isinstance(values, dict) or not values.keys() <= {field.name for field in dataclasses.fields(config_class)}:
         parser.error(f"{file} is not a config.json of this script")
-    return {name: value for name, value in values.items() if name in names}
+    flags = []
+    for name, value in values.items():
+        flag_name = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag_name}" if value else f"--no-{flag_name}")
+        elif value is not None and name != "run":
+            flags.append(f"--{flag_name}={value}")
+    return [flag for flag in flags if flag not in ("--resume", "--no-resume")]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

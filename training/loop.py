@@ -1,4 +1,4 @@
-"""What both training scripts call in their loops: schedule, optimiser groups, mixed precision, evaluation."""
+"""What a training loop calls: schedule, optimiser groups, mixed precision, moving average, evaluation."""
 
 import math
 from contextlib import AbstractContextManager
@@ -26,17 +26,19 @@ def learning_rate(
 def parameter_groups(model: nn.Module, weight_decay: float, gate_lr_scale: float = 1.0) -> list[dict]:
     """Groups for AdamW: decay for matrices only; the gates' learning rate is gate_lr_scale times that of the others.
 
-    Not decayed: biases, norms, gates, pos_embed and cls_token. `lr_scale` in a group is for set_learning_rate.
+    Not decayed: biases, norms, gates, pos_embed and cls_token; pos_proj.weight is, as in the paper's recipe.
+    `lr_scale` in a group is for set_learning_rate.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    gates = [parameter for name, parameter in trained.items() if name.endswith("gating_param")]
-    plain = [
-        parameter
-        for name, parameter in trained.items()
-        if not name.endswith("gating_param") and (parameter.ndim < 2 or name.endswith(("pos_embed", "cls_token")))
-    ]
-    undecayed = {id(parameter) for parameter in gates + plain}
-    matrices = [parameter for parameter in trained.values() if id(parameter) not in undecayed]
+    matrices, plain, gates = [], [], []
+    for name, parameter in model.named_parameters():
+        if name.endswith("gating_param"):
+            group = gates
+        elif parameter.ndim < 2 or name.endswith(("pos_embed", "cls_token")):
+            group = plain
+        else:
+            group = matrices
+        if parameter.requires_grad:
+            group.append(parameter)
     return [
         {"params": matrices, "weight_decay": weight_decay, "lr_scale": 1.0},
         {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},

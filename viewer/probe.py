@@ -2,19 +2,20 @@
 
 import base64
 import io
-import json
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib import colormaps
-from PIL import Image, ImageOps
+from PIL import Image
 
-from analysis import gates
+from analysis import gates, read_metrics
 from convit_min import GPSA, ConViT, ConViTConfig, kernel_shape, load_weights, normalise
+from pictures import middle, open_picture
 
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 20_000_000
+NO_PICTURE = "This file cannot be read as a picture; please choose a PNG, JPEG, WebP or GIF."
 DISPLAY_SIZE = 384  # side of the picture on the page, in pixels
 
 
@@ -36,7 +37,7 @@ class Probe:
         self.layers = [index for index, block in enumerate(self.models[-1].blocks) if isinstance(block.attn, GPSA)]
         if not self.layers:
             raise ValueError(f"{run} is a plain ViT: it has no gates to watch")
-        self.metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        self.metrics = read_metrics(run)
         self._content_maps = lru_cache(maxsize=16)(self._content_maps)  # one visitor goes through all layers
 
     def description(self) -> dict:
@@ -61,12 +62,19 @@ class Probe:
         }
 
     def picture(self, file: str | Path) -> dict:
-        """A picture for the page: `display`, an address for <img>, and `pixels`, the model's input for read_layer."""
-        picture = open_picture(Path(file))
+        """A picture for the page: `display` and what the model has `seen`, for <img>; `pixels` for read_layer.
+
+        Raises ValueError, in a sentence for the visitor, where the file is no picture or too large.
+        """
+        check_upload(Path(file))
+        try:
+            picture = open_picture(Path(file))
+        except ValueError:
+            raise ValueError(NO_PICTURE) from None
         height, width = self.config.image_shape
-        seen = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+        seen = middle(picture, height, width)
         scale = DISPLAY_SIZE / max(height, width)
-        shown = ImageOps.fit(picture, (round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+        shown = middle(picture, round(height * scale), round(width * scale))
         return {
             "display": _data_url(shown),
             "seen": _data_url(seen),
@@ -80,7 +88,7 @@ class Probe:
         """
         height, width = self.config.image_shape
         raw = base64.b64decode(pixels, validate=True)
-        if len(raw) != 3 * height * width or layer not in range(len(self.layers)):
+        if len(raw) != 3 * height * width or layer not in list(range(len(self.layers))):
             raise ValueError(f"expected {width} x {height} pixels and a layer from 0 to {len(self.layers) - 1}")
         content, peaks, classes = self._content_maps(raw)
         return {
@@ -122,25 +130,19 @@ def open_snapshot(file: Path) -> tuple[ConViT, dict]:
         raise ValueError(f"{file} is no snapshot of train_cifar.py, or is damaged") from error
 
 
-def open_picture(file: Path) -> Image.Image:
-    """Any common picture as RGB, upright, transparency on white. Raises ValueError, a sentence for the visitor."""
+def check_upload(file: Path):
+    """Raise ValueError, in a sentence for the visitor, where a file is no picture or too large to open safely."""
     if file.stat().st_size > MAX_BYTES:
         raise ValueError("This file is larger than 10 MB; please choose a smaller picture.")
     try:
         with Image.open(file) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError("This picture has more than 20 million pixels; please choose a smaller one.")
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):  # 16 bits a pixel
-                picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
-            picture = picture.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    except ValueError as error:
-        if "please" in str(error):
-            raise
-        raise ValueError("This file cannot be read as a picture; please choose a PNG, JPEG, WebP or GIF.") from error
-    except Exception as error:  # a decoder raises nearly anything on a damaged picture
-        raise ValueError("This file cannot be read as a picture; please choose a PNG, JPEG, WebP or GIF.") from error
+            pixels = picture.width * picture.height
+    except Image.DecompressionBombError:
+        pixels = MAX_PIXELS + 1
+    except Exception:  # a decoder raises nearly anything on a damaged picture
+        raise ValueError(NO_PICTURE) from None
+    if pixels > MAX_PIXELS:
+        raise ValueError("This picture has more than 20 million pixels; please choose a smaller one.")
 
 
 def _data_url(picture: Image.Image) -> str:

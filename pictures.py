@@ -1,0 +1,26 @@
+"""Pictures as files: opened the same way for training and for the page."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def open_picture(file: Path) -> Image.Image:
+    """Any common picture as RGB: upright, transparency on white, 16 bits as 8. Raises ValueError where it is none."""
+    try:
+        with Image.open(file) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):
+                picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
+            if not picture.has_transparency_data:
+                return picture.convert("RGB")
+            picture = picture.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    except Exception as error:  # a decoder raises nearly anything on a damaged picture
+        raise ValueError(f"{file} cannot be read as a picture; mend or remove it") from error
+
+
+def middle(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest part from the middle that has the shape height x width, scaled to it."""
+    return ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
