@@ -20,11 +20,12 @@ def main(folder: Path):
     page_app.launch(server_port=PORT, prevent_thread_lock=True, quiet=True, footer_links=[])
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1440, "height": 660})
+        page = browser.new_page(viewport={"width": 1440, "height": 700})
         page.goto(f"http://127.0.0.1:{PORT}")
         page.wait_for_selector("[data-head][data-gate]")
         page.screenshot(path=folder / "page-start.png")
         page.locator(".checkpoint").fill(page.locator(".checkpoint").get_attribute("max"))
+        page.locator(".checkpoint").blur()
         page.screenshot(path=folder / "page-end.png")
         browser.close()
     page_app.close()
