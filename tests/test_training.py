@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 import train_cifar
 from analysis import read_metrics
 from convit_min import create_model, load_weights, normalise
 from training import checkpoint
-from training.data import CIFAR, crop_and_flip, load_cifar, load_folder
+from training.data import CIFAR, crop_and_flip, load_cifar, load_folder, random_resized_crop
 from training.loop import ema_average, learning_rate, parameter_groups
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +186,23 @@ def test_crop_and_flip_draws_for_every_picture():
         assert len(found) == 1
         draws.add(found[0])
     assert len(draws) > 40  # of 50
+
+
+def test_random_resized_crop_is_the_same_part_whatever_the_scale_of_decoding(tmp_path, monkeypatch):
+    y, x = np.mgrid[0:600, 0:800]
+    Image.fromarray(np.stack([x / 4, y / 3, (x + y) / 6], -1).astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
+    parts = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        fast = random_resized_crop(tmp_path / "a.jpg", 64)
+        with monkeypatch.context() as patch:
+            patch.setattr(JpegImageFile, "draft", lambda *_: None)  # decode all of it
+            torch.manual_seed(seed)
+            slow = random_resized_crop(tmp_path / "a.jpg", 64)
+        assert fast.shape == (3, 64, 64) and fast.dtype == torch.uint8
+        assert (fast.float() - slow.float()).abs().mean() < 1.5
+        parts.append(fast)
+    assert len({part.float().mean().round().item() for part in parts}) > 5  # another part each time
 
 
 def test_schedule_and_groups():

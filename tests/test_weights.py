@@ -79,6 +79,7 @@ class Malicious:
         return (open, (str(self.path), "w"))
 
 
+@pytest.mark.filterwarnings("ignore")  # the files are meant to be odd
 def test_bad_files_give_one_clear_error_and_run_nothing(tmp_path):
     model = ConViT(CONFIG)
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -1,5 +1,6 @@
 """Pictures for training: whole data sets as uint8 tensors on the device, augmented there, image by image."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import datasets
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 from tqdm import tqdm
 
 from pictures import middle, open_picture
@@ -132,3 +134,23 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) 
     rows, columns = rows.to(images.device), columns.to(images.device)
     image, channel = torch.arange(b, device=images.device), torch.arange(c, device=images.device)
     return padded[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def random_resized_crop(file: Path, size: int) -> Tensor:
+    """A random part of a picture, 8 to 100% of its area, sides 3:4 to 4:3, scaled to uint8 (3 size size)."""
+    picture, box = decode_part(file, size)
+    part = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(part)).permute(2, 0, 1)
+
+
+def decode_part(file: Path, size: int) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """A picture in RGB and the box in it for random_resized_crop.
+
+    A JPEG is decoded at the smallest of its built-in scales that still has `size` pixels in the box.
+    """
+    with Image.open(file) as picture:
+        top, left, height, width = RandomResizedCrop.get_params(picture, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
+        full_width, full_height = picture.size
+        picture.draft("RGB", (math.ceil(full_width * size / width), math.ceil(full_height * size / height)))
+        x, y = picture.width / full_width, picture.height / full_height
+        return picture.convert("RGB"), (left * x, top * y, (left + width) * x, (top + height) * y)
