@@ -7,6 +7,7 @@ python app.py --run runs/cifar       a run of your own
 import argparse
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -35,11 +36,12 @@ def build(run: Path) -> gr.Blocks:
 
     def show(file: str | None):
         if file is None:
-            return gr.skip()
+            return gr.skip(), gr.skip()
         try:
-            return json.dumps(probe.picture(file))
+            return json.dumps(probe.picture(file)), gr.skip()
         except ValueError as problem:
-            raise gr.Error(str(problem), print_exception=False) from None
+            gr.Warning(str(problem))
+            return gr.skip(), None  # the refused file leaves the box
 
     with gr.Blocks(title="ConViT: watch heads escape", fill_width=True) as page:
         gr.Markdown(INTRODUCTION)
@@ -59,7 +61,10 @@ def build(run: Path) -> gr.Blocks:
             # The file as it is, not what Gradio makes of it: open_picture reads more kinds, and says what is wrong.
             upload.preprocess = lambda file: file and file.path
             gr.Examples([[file] for file in examples], upload, label="Or one of these", elem_id="examples")
-        upload.change(show, upload, panel, show_progress="hidden", trigger_mode="multiple", api_visibility="private")
+        # fmt: off
+        upload.change(show, upload, [panel, upload],
+                      show_progress="hidden", trigger_mode="multiple", api_visibility="private")
+        # fmt: on
     return page
 
 
@@ -74,11 +79,15 @@ def main():
     torch.set_num_threads(2)
     try:
         page = build(given.run)
-        page.launch(server_name=given.host, server_port=given.port, footer_links=[], show_error=True)
     except (FileNotFoundError, ValueError) as problem:
         sys.exit(f"app.py: {problem}")
-    except OSError:
-        sys.exit(f"app.py: port {given.port} is in use; choose another with --port, or leave it out")
+    try:
+        socket.create_server((given.host, given.port or 0)).close()
+    except (OSError, OverflowError) as problem:
+        sys.exit(f"app.py: cannot listen on --host {given.host} --port {given.port or 'any'}: {problem}")
+    page.launch(server_name=given.host, server_port=given.port, footer_links=[], quiet=True, prevent_thread_lock=True)
+    print(f"The page is at {page.local_url} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
 
 
 if __name__ == "__main__":

@@ -333,14 +333,16 @@ def load_weights(model: ConViT, source: str | Path):
     own head, with a warning. Raises FileNotFoundError where there is no such file, and ValueError for a file that is
     damaged, is something else, or does not fit; the model is then as it was, and no code from the file has run.
     """
-    state, own = read_weights(str(source)), model.state_dict()
+    (state, grid), own = read_weights(str(source)), model.state_dict()
     pos_embed, cls_token = state.get("pos_embed"), state.get("cls_token")
-    if pos_embed is not None and pos_embed.ndim == 3 and pos_embed.shape[1] != own["pos_embed"].shape[1]:
+    if pos_embed is not None and pos_embed.ndim == 3:
         side = math.isqrt(pos_embed.shape[1])
         if model.config.gpsa_layers == 0 and cls_token is not None and pos_embed.shape[1] == side**2 + 1:
             state["cls_token"], pos_embed = cls_token + pos_embed[:, :1], pos_embed[:, 1:]  # as DeiT does on its way
-        if pos_embed.shape[1] == side**2:
-            pos_embed = resize_pos_embed(pos_embed.float(), (side, side), model.config.grid).flatten(1, 2)
+        same = pos_embed.shape[1] == own["pos_embed"].shape[1]
+        grid = grid or (model.config.grid if same else (side, side))  # theirs are square, and so is what is unknown
+        if pos_embed.shape[1] == math.prod(grid):
+            pos_embed = resize_pos_embed(pos_embed.float(), grid, model.config.grid).flatten(1, 2)
         state["pos_embed"] = pos_embed
     theirs, ours = ({key: value for key, value in part.items() if "head." in key} for part in (state, own))
     if {key: value.shape for key, value in theirs.items()} != {key: value.shape for key, value in ours.items()}:
@@ -357,8 +359,8 @@ def load_weights(model: ConViT, source: str | Path):
     model.load_state_dict(state)
 
 
-def read_weights(source: str) -> dict[str, Tensor]:
-    """The tensors of a file, URL or released name, flat or under "model", by name; errors as in load_weights."""
+def read_weights(source: str) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
+    """The tensors of a file, URL or released name, by name, and their grid where the file tells; for load_weights."""
     if source in ("convit_tiny", "convit_small", "convit_base"):
         source = f"https://dl.fbaipublicfiles.com/convit/{source}.pth"
     try:
@@ -368,9 +370,11 @@ def read_weights(source: str) -> dict[str, Tensor]:
         else:
             state = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {source}") from None
+        raise FileNotFoundError(f"there is no file {source}, and no released model of that name") from None
     except Exception as error:  # an unpickler raises nearly anything on a bad file, and all of it means the same
         raise ValueError(f"{source} is out of reach, damaged, or nothing that torch.save wrote") from error
+    config = state.get("model_config") if isinstance(state, dict) else None  # our own files have it
     state = state.get("model", state) if isinstance(state, dict) else None
     require(isinstance(state, dict) and any(map(torch.is_tensor, state.values())), f"{source} holds no weights")
-    return {str(name): value for name, value in state.items() if torch.is_tensor(value)}
+    tensors = {str(name): value for name, value in state.items() if torch.is_tensor(value)}
+    return tensors, ConViTConfig(**config).grid if config else None

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from analysis import head_statistics, read_metrics, uniform_non_locality
 from convit_min import create_model, normalise
 from training import checkpoint
-from training.data import batches, crop_and_flip, load_pictures
+from training.data import DATASETS, batches, crop_and_flip, guess_dataset, load_pictures
 from training.flags import at_least, flag, parse_flags
 from training.loop import autocast, ema_average, evaluate, learning_rate, parameter_groups, set_learning_rate
 from training.plots import draw_run
@@ -31,7 +31,7 @@ from training.plots import draw_run
 
 @dataclass
 class Config:
-    dataset: str = flag("cifar10", "which pictures", choices=["cifar10", "cifar100", "folder"])
+    dataset: str | None = flag(None, "by default a folder where --data-dir is one", type=str, choices=DATASETS)
     data_dir: str = flag("data", "where they are, or go; a folder that holds train/CLASS/* is used as it is")
     model: str = flag("convit_cifar_nano", "a name in convit_min.MODELS")
     img_size: int = flag(32, "side in pixels; other pictures are scaled and cropped to it", type=at_least(1))
@@ -65,10 +65,12 @@ def main():
     try:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: PyTorch finds no CUDA device on this machine")
+        config.dataset = config.dataset or guess_dataset(config.data_dir, Config.data_dir)
         train_set, test_set = load_pictures(config.dataset, config.data_dir, config.img_size, device)
         steps_per_epoch = len(train_set.labels) // config.batch_size
         if steps_per_epoch == 0:
-            raise ValueError(f"there are fewer than --batch-size {config.batch_size} training pictures")
+            count = len(train_set.labels)
+            raise ValueError(f"{count} training pictures are fewer than --batch-size {config.batch_size}: lower it")
         changes = {} if config.gpsa_layers is None else {"gpsa_layers": config.gpsa_layers}
         changes |= {field: getattr(config, field) for field in ("img_size", "patch_size", "drop_path")}
         model = create_model(config.model, num_classes=len(train_set.classes), **changes).to(device)
@@ -81,12 +83,16 @@ def main():
         if config.resume:
             first_epoch, best = checkpoint.resume(run, parts, device)
         else:
-            checkpoint.start_run(run, dataclasses.asdict(config), device)
+            checkpoint.start_run(run, device)
+        checkpoint.write_config(run, dataclasses.asdict(config))
     except (ValueError, OSError) as error:
         sys.exit(f"train_cifar.py: {error}")
     if first_epoch > config.epochs:
         sys.exit(f"train_cifar.py: the run in {run} has finished its {config.epochs} epochs")
 
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{config.dataset} in {config.data_dir}: {len(train_set.labels)} training and {len(test_set.labels)} "
+          f"test pictures, {len(train_set.classes)} classes; {config.model}, {size:.1f} M parameters, on {device}")  # fmt: skip
     forward = torch.compile(model) if config.compile else model
     steps, warmup_steps = config.epochs * steps_per_epoch, int(config.warmup_epochs * steps_per_epoch)
     probe = normalise(test_set.images[:: max(len(test_set.labels) // 128, 1)])  # some of every class, to watch heads on
@@ -119,7 +125,7 @@ def main():
                     if not math.isfinite(mean_loss):
                         sys.exit(
                             f"\ntrain_cifar.py: the loss is no longer finite at step {step + 1}, rate {rate:.2g}: "
-                            f"start again with a lower --lr; {run}/last.pt is the end of epoch {epoch - 1}"
+                            f"start again with a lower --lr and another --run ({run} ends with epoch {epoch - 1})"
                         )
             progress.close()
             speed = steps_per_epoch * config.batch_size / (time.perf_counter() - started)
@@ -145,4 +151,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\ntrain_cifar.py: stopped; with --resume it goes on after the last whole epoch")
+        sys.exit("\ntrain_cifar.py: stopped; once an epoch is saved, the same command with --resume goes on after it")

@@ -136,6 +136,9 @@ def test_the_checkpoint_changes_gates_and_maps_and_play_runs_to_the_end(page):
     page.wait_for_timeout(1200)
     assert page.locator(".epoch").inner_text() == end  # it stops there
     assert "test accuracy" in page.locator(".status").inner_text()
+    for row in page.locator(".guess > div").all():
+        share = row.locator(".fill").bounding_box()["width"] / row.locator(".track").bounding_box()["width"]
+        assert share == pytest.approx(int(row.locator("span").last.inner_text().rstrip("%")) / 100, abs=0.02)
 
 
 def test_the_layer_changes_the_maps(page):

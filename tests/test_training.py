@@ -95,7 +95,7 @@ def test_what_a_run_folder_holds(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_cifar.py", "--data-dir", str(tree), "--run", str(run), *QUICK])
     train_cifar.main()
     config = json.loads((run / "config.json").read_text())
-    assert config["epochs"] == 2 and config["model"] == "convit_cifar_nano"
+    assert config["epochs"] == 2 and config["model"] == "convit_cifar_nano" and config["dataset"] == "folder"
     assert json.loads((run / "provenance.json").read_text())["torch"] == torch.__version__
     for picture in ("curves.png", "gates.png", "nonlocality.png"):
         with Image.open(run / picture) as image:
@@ -130,7 +130,7 @@ def test_bad_input_gives_one_sentence_and_leaves_nothing(tree, tmp_path, monkeyp
 
     assert "there is no model 'convit_nano'" in complaint("--model", "convit_nano")
     assert "patch_size=5" in complaint("--patch-size", "5")
-    assert "fewer than --batch-size 100" in complaint("--batch-size", "100")
+    assert "24 training pictures are fewer than --batch-size 100" in complaint("--batch-size", "100")
     assert "unrecognized arguments: --epoch" in complaint("--epoch", "3")
     assert "from 1 on" in complaint("--batch-size", "0")
     assert "invalid float value" in complaint("--lr", "fast")
@@ -142,6 +142,8 @@ def test_bad_input_gives_one_sentence_and_leaves_nothing(tree, tmp_path, monkeyp
     assert "'1.5' is not a whole number" in complaint("--config", tmp_path / "other.json")
     (tmp_path / "file").write_text("")
     assert "Not a directory" in complaint("--run", tmp_path / "file" / "run")
+    assert "holds no train/CLASS/*; to download" in complaint("--data-dir", tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
     assert "must hold pictures as train/CLASS/*" in complaint("--data-dir", tmp_path / "none", "--dataset", "folder")
 
     (tree / "train" / "red" / "notes.jpg").write_text("no picture")

@@ -1,12 +1,13 @@
 """load_weights: round trips, other sizes, and files that are not what they claim to be."""
 
 import pickle
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from conftest import perturb
 
-from convit_min import ConViT, ConViTConfig, create_model, load_weights
+from convit_min import ConViT, ConViTConfig, create_model, load_weights, resize_pos_embed
 
 CONFIG = ConViTConfig(img_size=(20, 28), patch_size=4, num_classes=5, dim=36, num_heads=9, depth=3, gpsa_layers=2)
 
@@ -37,6 +38,16 @@ def test_weights_of_224_pixels_run_on_256_by_192(tmp_path):
     assert other.pos_embed.shape == (1, 16 * 12, 192)
     side = trained.pos_embed.detach().unflatten(1, (14, 14)).mean((1, 2)), other.pos_embed.detach().mean(1)
     assert (side[0] - side[1]).abs().max() < 0.1  # still the same embedding
+
+
+def test_as_many_patches_on_another_grid_are_resized_not_scrambled(tmp_path):
+    wide, square = (ConViT(replace(CONFIG, img_size=size)) for size in ((8, 32), (16, 16)))
+    perturb(wide)
+    torch.save({"model": wide.state_dict(), "model_config": asdict(wide.config)}, tmp_path / "wide.pt")
+    load_weights(square, tmp_path / "wide.pt")
+    expected = resize_pos_embed(wide.pos_embed.detach(), (2, 8), (4, 4)).flatten(1, 2)
+    torch.testing.assert_close(square.pos_embed.detach(), expected)
+    assert not torch.equal(square.pos_embed, wide.pos_embed)
 
 
 def test_another_number_of_classes_keeps_the_new_head(tmp_path):

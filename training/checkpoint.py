@@ -74,14 +74,18 @@ def snapshot_epochs(epochs: int, count: int = 16) -> set[int]:
     return {0} | {round(epochs ** (i / (count - 2))) for i in range(count - 1)}
 
 
-def start_run(run: Path, config: dict, device: torch.device):
-    """Make a run folder with its config.json and provenance.json. Raises ValueError where there is a run already."""
+def start_run(run: Path, device: torch.device):
+    """Make a run folder, with its provenance.json. Raises ValueError where there is a run already."""
     if (run / "last.pt").exists():
         raise ValueError(f"{run} holds a run already: add --resume to go on with it, or choose another --run")
     (run / "snapshots").mkdir(parents=True, exist_ok=True)
     (run / "metrics.jsonl").write_text("")  # of a run cut off before its first last.pt
-    (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (run / "provenance.json").write_text(json.dumps(provenance(device), indent=2) + "\n")
+
+
+def write_config(run: Path, config: dict):
+    """Write config.json, which --config and --resume read."""
+    (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def provenance(device: torch.device) -> dict:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from pictures import middle, open_picture
 
 CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+DATASETS = [*CIFAR, "folder"]
 
 
 class Pictures(NamedTuple):
@@ -31,15 +32,27 @@ class Pictures(NamedTuple):
 
 
 def load_pictures(dataset: str, data_dir: str, img_size: int, device: torch.device) -> tuple[Pictures, Pictures]:
-    """The training and the test set, on the device. A data_dir with train/ inside is a folder of pictures in any case.
+    """The training and the test set, on the device.
 
     Raises ValueError or FileNotFoundError, saying what to do, where pictures are missing or unusable.
     """
-    if dataset == "folder" or (Path(data_dir) / "train").is_dir():
+    if dataset == "folder":
         train, test = load_folder(Path(data_dir), img_size)
     else:
         train, test = load_cifar(dataset, data_dir, img_size)
     return train.to(device), test.to(device)
+
+
+def guess_dataset(data_dir: str, default_dir: str) -> str:
+    """What data_dir is for: "folder" if it holds train/, "cifar10" if it holds that or is where that goes by default.
+
+    Raises FileNotFoundError for any other, which is more likely a slip than a place to download to.
+    """
+    if (Path(data_dir) / "train").is_dir():
+        return "folder"
+    if data_dir == default_dir or (Path(data_dir) / CIFAR["cifar10"].base_folder).is_dir():
+        return "cifar10"
+    raise FileNotFoundError(f"{data_dir} holds no train/CLASS/*; to download CIFAR-10 to it, add --dataset cifar10")
 
 
 def load_cifar(dataset: str, data_dir: str, img_size: int = 32) -> tuple[Pictures, Pictures]:

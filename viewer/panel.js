@@ -9,7 +9,7 @@ const colours = bytes(run.colours);
 const find = (selector) => element.querySelector(selector);
 
 const state = { layer: run.layers.length - 1, checkpoint: 0, query: Math.floor(rows / 2) * columns + Math.floor(columns / 2) };
-let layerMaps = null; // what server.read_layer said of the picture and layer on show
+let layerMaps = null; // what server.read_layer said of the picture and the layer on show, state.layer
 let picture = null;
 let images = {};
 let playing = null;
@@ -105,7 +105,8 @@ function paintHeads(withDistances) {
     if (withDistances) card.querySelector(".distance").textContent = meanDistance(head).toFixed(1);
     for (const name of ["position", "content", "mixed"]) {
       const largest = Math.max(...maps[name]);
-      paintMap(card.querySelector(`canvas.${name}`), maps[name], same ? peak : largest);
+      // A flat map must not look bright: no map is scaled up beyond four times what uniform attention gives.
+      paintMap(card.querySelector(`canvas.${name}`), maps[name], same ? peak : Math.max(largest, 4 / patches));
       card.querySelector(`figure:has(.${name}) span`).textContent = largest.toFixed(2);
     }
   });
@@ -133,7 +134,8 @@ function paintCurves() {
 function paintWall() {
   const gates = run.gate[state.checkpoint];
   find(".wall").style.gridTemplateColumns = `auto repeat(${heads}, minmax(0, 1fr))`;
-  find(".wall").innerHTML = gates
+  const names = Array.from({ length: heads }, (_, head) => `<span class="name">${head + 1}</span>`).join("");
+  find(".wall").innerHTML = `<span>head</span>${names}` + gates
     .map((layer, index) => `<span>layer ${run.layers[index] + 1}</span>` + layer.map((gate, head) =>
       `<div class="cell" style="background: ${gateColour(gate)}" title="layer ${run.layers[index] + 1}, head ${head + 1}: gate ${gate.toFixed(2)}"></div>`).join(""))
     .join("");
@@ -149,7 +151,8 @@ function paintGuess() {
     row.querySelector(".name").textContent = name; // class names are folder names: text, never markup
     return row;
   });
-  find(".guess").replaceChildren("The model's guess at this epoch:", ...rowsOf);
+  const known = `It knows nothing but these: ${run.classes.join(", ")}.`;
+  find(".guess").replaceChildren("The model's guess at this epoch:", ...rowsOf, known);
 }
 
 function paint(withDistances = true) {
@@ -162,24 +165,36 @@ function paint(withDistances = true) {
   paintGuess();
 }
 
-async function readLayer() {
-  const asked = { picture, layer: state.layer };
-  const maps = await server.read_layer({ pixels: picture.pixels, layer: state.layer });
-  if (asked.picture !== picture || asked.layer !== state.layer) return; // the visitor has gone on meanwhile
+async function readLayer(layer) {
+  const asked = picture;
+  find(".heads").classList.add("waiting");
+  let maps;
+  try {
+    maps = await server.read_layer({ pixels: asked.pixels, layer });
+  } catch {
+    find(".status").textContent = "the server does not answer; please try again";
+    find(".layer").value = state.layer;
+    return;
+  } finally {
+    find(".heads").classList.remove("waiting");
+  }
+  if (asked !== picture || layer !== Number(find(".layer").value)) return; // the visitor has gone on meanwhile
+  state.layer = layer;
   layerMaps = { ...maps, content: maps.content.map(bytes) };
   paint();
 }
 
 async function showPicture() {
   if (!props.value) return;
-  picture = JSON.parse(props.value);
-  images = {};
+  const chosen = JSON.parse(props.value);
+  const loaded = {};
   for (const name of ["display", "seen"]) {
-    images[name] = new Image();
-    images[name].src = picture[name];
-    await images[name].decode();
+    loaded[name] = new Image();
+    loaded[name].src = chosen[name];
+    await loaded[name].decode();
   }
-  await readLayer();
+  [picture, images] = [chosen, loaded];
+  await readLayer(Number(find(".layer").value));
 }
 
 function moveQuery(query) {
@@ -190,6 +205,7 @@ function moveQuery(query) {
 function showCheckpoint(checkpoint) {
   state.checkpoint = checkpoint;
   find(".checkpoint").value = checkpoint;
+  find(".checkpoint").setAttribute("aria-valuetext", `epoch ${run.epochs[checkpoint]}`);
   paint();
 }
 
@@ -197,11 +213,13 @@ function stop() {
   clearInterval(playing);
   playing = null;
   find(".play").textContent = "▶ play";
+  find(".play").setAttribute("aria-label", "play training");
 }
 
 function play() {
   if (playing) return stop();
   find(".play").textContent = "❚❚ pause";
+  find(".play").setAttribute("aria-label", "pause training");
   if (state.checkpoint === run.epochs.length - 1) showCheckpoint(0);
   playing = setInterval(() => {
     if (state.checkpoint === run.epochs.length - 1) return stop();
@@ -221,14 +239,14 @@ find(".heads").innerHTML = Array.from({ length: heads }, (_, index) => {
   const figure = (name, word) => `<figure><div class="map"><canvas class="${name}"></canvas><i></i></div><figcaption><em>${word}</em> <span></span></figcaption></figure>`;
   return `<div class="head" data-head="${head}"><div class="maps">${figure("position", "position")}${figure("content", "content")}${figure("mixed", "mix")}</div>
     <div class="track" title="gate: orange is position, blue content"><div class="fill"></div></div>
-    <div class="numbers"><em>gate</em> <b class="gate"></b> <em>· mean distance</em> <span class="distance"></span></div></div>`;
+    <div class="numbers">head ${head + 1} <em>· gate</em> <b class="gate"></b> <em>· mean distance</em> <span class="distance"></span> <em class="long">patches</em></div></div>`;
 }).join("");
 const ramp = find(".ramp").getContext("2d");
 const rampImage = ramp.createImageData(256, 1);
 for (let i = 0; i < 256; i++) rampImage.data.set([...colours.subarray(3 * i, 3 * i + 3), 255], 4 * i);
 ramp.putImageData(rampImage, 0, 0);
 
-find(".layer").addEventListener("change", (event) => { state.layer = Number(event.target.value); readLayer(); });
+find(".layer").addEventListener("change", (event) => readLayer(Number(event.target.value)));
 find(".checkpoint").addEventListener("input", (event) => { stop(); showCheckpoint(Number(event.target.value)); });
 find(".play").addEventListener("click", play);
 find(".same-scale").addEventListener("change", () => paint(false));

@@ -48,6 +48,7 @@ class Probe:
             "grid": self.config.grid,
             "kernel": [rows, columns],
             "layers": self.layers,
+            "classes": self.classes[:20],
             "epochs": self.epochs,
             "accuracy": [measured[epoch]["test_accuracy"] if epoch in measured else None for epoch in self.epochs],
             "gate": torch.stack([gates(model)[self.layers] for model in self.models]).tolist(),
