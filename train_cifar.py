@@ -90,9 +90,10 @@ def main():
     if first_epoch > config.epochs:
         sys.exit(f"train_cifar.py: the run in {run} has finished its {config.epochs} epochs")
 
-    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(f"{config.dataset} in {config.data_dir}: {len(train_set.labels)} training and {len(test_set.labels)} "
-          f"test pictures, {len(train_set.classes)} classes; {config.model}, {size:.1f} M parameters, on {device}")  # fmt: skip
+    counts = f"{len(train_set.labels)} training and {len(test_set.labels)} test pictures"
+    print(
+        f"{config.dataset} in {config.data_dir}: {counts} of {len(train_set.classes)} classes; {config.model}, {device}"
+    )
     forward = torch.compile(model) if config.compile else model
     steps, warmup_steps = config.epochs * steps_per_epoch, int(config.warmup_epochs * steps_per_epoch)
     probe = normalise(test_set.images[:: max(len(test_set.labels) // 128, 1)])  # some of every class, to watch heads on

@@ -95,7 +95,7 @@ function paintHeads(withDistances) {
   const all = Array.from({ length: heads }, (_, head) => mapsOf(head, state.query));
   const peak = Math.max(...all.flatMap(({ position, content, mixed }) => [...position, ...content, ...mixed]));
   const same = find(".same-scale").checked;
-  find(".ramp-end").textContent = same ? peak.toFixed(2) : "the largest of each map, printed under it";
+  find(".ramp-end").textContent = same ? peak.toFixed(2) : `the largest of each map, printed under it, and at least ${(4 / patches).toFixed(2)}`;
   all.forEach((maps, head) => {
     const card = find(`[data-head="${head}"]`);
     card.style.borderColor = gateColour(maps.gate);
@@ -239,7 +239,7 @@ find(".heads").innerHTML = Array.from({ length: heads }, (_, index) => {
   const figure = (name, word) => `<figure><div class="map"><canvas class="${name}"></canvas><i></i></div><figcaption><em>${word}</em> <span></span></figcaption></figure>`;
   return `<div class="head" data-head="${head}"><div class="maps">${figure("position", "position")}${figure("content", "content")}${figure("mixed", "mix")}</div>
     <div class="track" title="gate: orange is position, blue content"><div class="fill"></div></div>
-    <div class="numbers">head ${head + 1} <em>· gate</em> <b class="gate"></b> <em>· mean distance</em> <span class="distance"></span> <em class="long">patches</em></div></div>`;
+    <div class="numbers">head ${head + 1} <em>· gate</em> <b class="gate"></b> <em>· distance</em> <span class="distance"></span></div></div>`;
 }).join("");
 const ramp = find(".ramp").getContext("2d");
 const rampImage = ramp.createImageData(256, 1);
