@@ -329,18 +329,19 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
 def load_weights(model: ConViT, source: str | Path):
     """Load weights from a file, a URL or a released name; the authors', timm's, DeiT's and our own have one format.
 
-    For another image size pos_embed is resized (from a square grid); for another number of classes the model keeps its
+    For another image size pos_embed is resized; for another number of classes the model keeps its
     own head, with a warning. Raises FileNotFoundError where there is no such file, and ValueError for a file that is
     damaged, is something else, or does not fit; the model is then as it was, and no code from the file has run.
     """
     (state, grid), own = read_weights(str(source)), model.state_dict()
     pos_embed, cls_token = state.get("pos_embed"), state.get("cls_token")
     if pos_embed is not None and pos_embed.ndim == 3:
-        side = math.isqrt(pos_embed.shape[1])
-        if model.config.gpsa_layers == 0 and cls_token is not None and pos_embed.shape[1] == side**2 + 1:
-            state["cls_token"], pos_embed = cls_token + pos_embed[:, :1], pos_embed[:, 1:]  # as DeiT does on its way
-        same = pos_embed.shape[1] == own["pos_embed"].shape[1]
-        grid = grid or (model.config.grid if same else (side, side))  # theirs are square, and so is what is unknown
+        if grid is None and pos_embed.shape[1] == own["pos_embed"].shape[1]:
+            grid = model.config.grid
+        if grid is None:  # the files of others have square grids
+            grid = (math.isqrt(pos_embed.shape[1]),) * 2
+            if cls_token is not None and pos_embed.shape[1] == math.prod(grid) + 1:  # DeiT: row 0 is the class token's
+                state["cls_token"], pos_embed = cls_token + pos_embed[:, :1], pos_embed[:, 1:]
         if pos_embed.shape[1] == math.prod(grid):
             pos_embed = resize_pos_embed(pos_embed.float(), grid, model.config.grid).flatten(1, 2)
         state["pos_embed"] = pos_embed
@@ -369,12 +370,11 @@ def read_weights(source: str) -> tuple[dict[str, Tensor], tuple[int, int] | None
             state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True, file_name=name)
         else:
             state = torch.load(source, map_location="cpu", weights_only=True)
+        grid = ConViTConfig(**state["model_config"]).grid if "model_config" in state else None  # our own files have it
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {source}, and no released model of that name") from None
     except Exception as error:  # an unpickler raises nearly anything on a bad file, and all of it means the same
         raise ValueError(f"{source} is out of reach, damaged, or nothing that torch.save wrote") from error
-    config = state.get("model_config") if isinstance(state, dict) else None  # our own files have it
     state = state.get("model", state) if isinstance(state, dict) else None
     require(isinstance(state, dict) and any(map(torch.is_tensor, state.values())), f"{source} holds no weights")
-    tensors = {str(name): value for name, value in state.items() if torch.is_tensor(value)}
-    return tensors, ConViTConfig(**config).grid if config else None
+    return {str(name): value for name, value in state.items() if torch.is_tensor(value)}, grid

@@ -50,6 +50,14 @@ def test_as_many_patches_on_another_grid_are_resized_not_scrambled(tmp_path):
     assert not torch.equal(square.pos_embed, wide.pos_embed)
 
 
+def test_ten_patches_are_not_taken_for_nine_and_a_class_token(tmp_path):
+    plain = replace(CONFIG, img_size=(8, 20), gpsa_layers=0)
+    trained, fresh = perturb(ConViT(plain)), ConViT(plain)
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    load_weights(fresh, tmp_path / "weights.pt")
+    assert same_weights(trained, fresh)
+
+
 def test_another_number_of_classes_keeps_the_new_head(tmp_path):
     torch.save(perturb(ConViT(CONFIG)).state_dict(), tmp_path / "weights.pt")
     model = ConViT(ConViTConfig(**{**vars(CONFIG), "num_classes": 3}))
@@ -110,9 +118,10 @@ def test_bad_files_give_one_clear_error_and_run_nothing(tmp_path):
     torch.save({"weights": Malicious(tmp_path / "ran")}, tmp_path / "malicious_zip")
     torch.save([1, 2, 3], tmp_path / "list")
     torch.save({"model": torch.zeros(3)}, tmp_path / "tensor")
+    torch.save({"model": model.state_dict(), "model_config": {"layers": 3}}, tmp_path / "config")
     torch.save({"conv1.weight": torch.zeros(3, 3), "pos_embed": torch.zeros(2)}, tmp_path / "foreign")
     torch.save({"pos_embed": torch.zeros(1, 5, 36), "head.weight": torch.tensor(1.0)}, tmp_path / "short")
-    for name in (*bad, "malicious_zip", "list", "tensor", "foreign", "short"):
+    for name in (*bad, "malicious_zip", "list", "tensor", "config", "foreign", "short"):
         with pytest.raises(ValueError, match=name):
             load_weights(model, tmp_path / name)
     with pytest.raises(ValueError, match="out of reach"):
