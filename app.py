@@ -1,7 +1,9 @@
 """Watch the heads of a ConViT leave position for content, in the browser.
 
-python app.py                        opens the run that ships in demo/, on http://127.0.0.1:7860
-python app.py --run runs/cifar       a run of your own
+    python app.py                        opens the run that ships in demo/, on http://127.0.0.1:7860
+    python app.py --run runs/cifar       a run of your own
+
+Layout and callbacks only: viewer/ computes what is shown (probe.py) and draws it (panel.*).
 """
 
 import argparse

@@ -71,8 +71,8 @@ def main():
         if steps_per_epoch == 0:
             count = len(train_set.labels)
             raise ValueError(f"{count} training pictures are fewer than --batch-size {config.batch_size}: lower it")
-        changes = {} if config.gpsa_layers is None else {"gpsa_layers": config.gpsa_layers}
-        changes |= {field: getattr(config, field) for field in ("img_size", "patch_size", "drop_path")}
+        changes = {name: getattr(config, name) for name in ("img_size", "patch_size", "drop_path", "gpsa_layers")}
+        changes = {name: value for name, value in changes.items() if value is not None}
         model = create_model(config.model, num_classes=len(train_set.classes), **changes).to(device)
         ema = AveragedModel(model, avg_fn=ema_average(config.ema_decay))
         groups = parameter_groups(model, config.weight_decay, config.gate_lr_scale)

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from convit_min import ConViTConfig
+
 DEMO = Path(__file__).parent.parent / "demo"
+# a small model on a grid of 5 x 7 patches, 9 heads, two GPSA blocks and a plain one
+CONFIG = ConViTConfig(img_size=(20, 28), patch_size=4, num_classes=5, dim=36, num_heads=9, depth=3, gpsa_layers=2)
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 torch.set_num_threads(2)

@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import perturb
+from conftest import CONFIG, perturb
 
 from analysis import head_statistics, non_locality, uniform_non_locality
-from convit_min import ConViT, ConViTConfig, HeadAttention, create_model
-
-CONFIG = ConViTConfig(img_size=(20, 28), patch_size=4, num_classes=5, dim=36, num_heads=9, depth=3, gpsa_layers=2)
+from convit_min import ConViT, HeadAttention, create_model
 
 
 def test_reference_distances():

@@ -1,11 +1,12 @@
 """convit_min.py against references that are not ours: the paper's numbers, timm, and a slow loop over the equation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import perturb
+from conftest import CONFIG, perturb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,8 +32,7 @@ FLOPS = {  # Table 1: billions, and half a unit of the last digit it prints
 
 
 def small_config(**changes) -> ConViTConfig:
-    return ConViTConfig(**{"img_size": (20, 28), "patch_size": 4, "num_classes": 5, "dim": 36, "num_heads": 9,
-                           "depth": 3, "gpsa_layers": 2} | changes)  # fmt: skip
+    return replace(CONFIG, **changes)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -65,7 +65,7 @@ def test_description_is_of_the_run(probe):
 
 def test_what_the_panel_may_not_ask(probe, photo):
     pixels = probe.picture(photo)["pixels"]
-    for asked in ((pixels, 99), (pixels, -1), (pixels[:400], 0)):
+    for asked in ((pixels, 99), (pixels, -1), (pixels, 1.0), (pixels[:400], 0)):
         with pytest.raises(ValueError, match="expected 32 x 32 pixels"):
             probe.read_layer(*asked)
 

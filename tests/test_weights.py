@@ -5,11 +5,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import perturb
+from conftest import CONFIG, perturb
 
 from convit_min import ConViT, ConViTConfig, create_model, load_weights, resize_pos_embed
-
-CONFIG = ConViTConfig(img_size=(20, 28), patch_size=4, num_classes=5, dim=36, num_heads=9, depth=3, gpsa_layers=2)
 
 
 def same_weights(a, b) -> bool:

@@ -26,7 +26,7 @@ def at_least(smallest: int):
     return whole_number
 
 
-def parse_flags(config_class: type[Config], description: str, argv: list[str] | None = None) -> Config:
+def parse_flags(config_class: type[Config], description: str) -> Config:
     """Read the flags of a script. --config FILE, and --resume with the run's own config.json, replace the defaults.
 
     Exits with one line, as argparse does, for an unknown flag, a bad value, or a config file that does not fit.
@@ -41,11 +41,10 @@ def parse_flags(config_class: type[Config], description: str, argv: list[str] | 
             options.setdefault("type", field.type)
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
 
-    argv = sys.argv[1:] if argv is None else argv
-    given = parser.parse_args(argv)
+    given = parser.parse_args()
     file = given.config or (Path(given.run) / "config.json" if getattr(given, "resume", False) else None)
     if file:
-        given = parser.parse_args([*_flags_of(parser, config_class, file), *argv])  # checked like typed ones
+        given = parser.parse_args([*_flags_of(parser, config_class, file), *sys.argv[1:]])  # checked like typed ones
     values = vars(given)
     del values["config"]
     return config_class(**values)

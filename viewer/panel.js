@@ -151,7 +151,8 @@ function paintGuess() {
     row.querySelector(".name").textContent = name; // class names are folder names: text, never markup
     return row;
   });
-  const known = `It knows nothing but these: ${run.classes.join(", ")}.`;
+  const more = run.classes.length > 20 ? ` and ${run.classes.length - 20} more` : "";
+  const known = `It knows nothing but these: ${run.classes.slice(0, 20).join(", ")}${more}.`;
   find(".guess").replaceChildren("The model's guess at this epoch:", ...rowsOf, known);
 }
 

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from analysis import gates, read_metrics
-from convit_min import GPSA, ConViT, ConViTConfig, kernel_shape, load_weights, normalise
+from convit_min import GPSA, ConViT, ConViTConfig, kernel_shape, normalise
 from pictures import middle, open_picture
 
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 20_000_000
@@ -48,7 +48,7 @@ class Probe:
             "grid": self.config.grid,
             "kernel": [rows, columns],
             "layers": self.layers,
-            "classes": self.classes[:20],
+            "classes": self.classes,
             "epochs": self.epochs,
             "accuracy": [measured[epoch]["test_accuracy"] if epoch in measured else None for epoch in self.epochs],
             "gate": torch.stack([gates(model)[self.layers] for model in self.models]).tolist(),
@@ -89,7 +89,8 @@ class Probe:
         """
         height, width = self.config.image_shape
         raw = base64.b64decode(pixels, validate=True)
-        if len(raw) != 3 * height * width or layer not in list(range(len(self.layers))):
+        known = isinstance(layer, int) and 0 <= layer < len(self.layers)
+        if len(raw) != 3 * height * width or not known:
             raise ValueError(f"expected {width} x {height} pixels and a layer from 0 to {len(self.layers) - 1}")
         content, peaks, classes = self._content_maps(raw)
         return {
@@ -110,13 +111,9 @@ class Probe:
             peak = maps.amax(dim=(2, 3))
             content.append((255 * maps / peak[..., None, None]).round().byte())
             peaks.append(peak)
-            likeliest = logits[0].softmax(dim=0).topk(min(3, len(self.classes)))
-            classes.append(
-                [
-                    [self.classes[index], round(value, 4)]
-                    for value, index in zip(*map(torch.Tensor.tolist, likeliest), strict=True)
-                ]
-            )
+            shares, indices = logits[0].softmax(dim=0).topk(min(3, len(self.classes)))
+            likeliest = zip(shares.tolist(), indices.tolist(), strict=True)
+            classes.append([[self.classes[index], round(share, 4)] for share, index in likeliest])
         return content, peaks, classes
 
 
@@ -125,7 +122,7 @@ def open_snapshot(file: Path) -> tuple[ConViT, dict]:
     try:
         record = torch.load(file, map_location="cpu", weights_only=True)
         model = ConViT(ConViTConfig(**record["model_config"])).eval()
-        load_weights(model, file)
+        model.load_state_dict(record["model"])
         return model, {"epoch": int(record["epoch"]), "classes": [str(name) for name in record["classes"]]}
     except Exception as error:  # damaged files make the unpickler raise nearly anything
         raise ValueError(f"{file} is no snapshot of train_cifar.py, or is damaged") from error
