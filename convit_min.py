@@ -282,7 +282,7 @@ class ConViT(nn.Module):
         """
         (height, width), patch = images.shape[-2:], self.config.patch_size
         require(not (height % patch or width % patch), f"{height} x {width} pixels cannot be cut by patch_size={patch}")
-        x = rearrange(self.patch_embed(images), "b c Y X -> b Y X c")
+        x = rearrange(self.patch_embed(images), "b c Y X -> b Y X c").contiguous()  # else every block would copy it
         x = x + resize_pos_embed(self.pos_embed, self.config.grid, x.shape[1:3])
         attention = []
         for index, block in enumerate(self.blocks):
