@@ -176,17 +176,17 @@ class GPSA(nn.Module):
     def forward(self, x: Tensor, return_attention: bool = False) -> tuple[Tensor, HeadAttention | None]:
         _, height, width, _ = x.shape
         q, k = rearrange(self.qk(x), "b Y X (two h d) -> two b h (Y X) d", two=2, h=self.num_heads)
-        v = self.v(x)
+        v = rearrange(self.v(x), "b Y X (h d) -> b h Y (X d)", h=self.num_heads)
         position_y, position_x = self.position_attention(height, width)
         gate = self.gating_param.sigmoid()
 
-        c_v = F.scaled_dot_product_attention(q, k, rearrange(v, "b Y X (h d) -> b h (Y X) d", h=self.num_heads))
+        c_v = F.scaled_dot_product_attention(q, k, rearrange(v, "b h Y (X d) -> b h (Y X) d", X=width))
         c_v = rearrange(c_v, "b h (Y X) d -> b Y X (h d)", Y=height)
-        p_v = position_y.to(v.dtype) @ rearrange(v, "b y X (h d) -> b h y (X d)", h=self.num_heads)
-        p_v = position_x.to(v.dtype)[:, None] @ rearrange(p_v, "b h Y (x d) -> b h Y x d", x=width)
-        p_v = rearrange(p_v, "b h Y X d -> b Y X (h d)")
-        g = repeat(gate, "h -> (h d)", d=v.shape[-1] // self.num_heads).to(v.dtype)
-        output = self.proj(c_v.lerp(p_v, g))  # lerp: (1 - g) C v + g P v
+        gp_v = (gate[:, None, None] * position_y).to(v.dtype) @ v  # g P v: the gate goes into the small factor
+        gp_v = position_x.to(v.dtype)[:, None] @ rearrange(gp_v, "b h Y (x d) -> b h Y x d", x=width)
+        gp_v = rearrange(gp_v, "b h Y X d -> b Y X (h d)")
+        content_share = repeat(1 - gate, "h -> (h d)", d=q.shape[-1]).to(v.dtype)
+        output = self.proj(content_share * c_v + gp_v)
         if not return_attention:
             return output, None
 
