@@ -5,11 +5,14 @@ snapshots/epoch_XXXX.pt (weights alone, ready for load_weights and the viewer).
 """
 
 import dataclasses
+import fcntl
 import json
+import math
 import os
 import platform
 import shlex
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -17,16 +20,27 @@ import torchvision
 
 from analysis import read_metrics
 from convit_min import ConViT
+from training import distributed
+from training.config import RunConfig, same_run
 
 
 def save(record: dict, file: Path):
-    """torch.save that leaves either the old file or the whole new one, whatever happens meanwhile."""
+    """torch.save that leaves either the old file or the whole new one, whatever happens meanwhile.
+
+    Raises OSError where there is no room, or no right, to write.
+    """
     partial = file.with_suffix(".tmp")
-    with open(partial, "wb") as stream:
-        torch.save(record, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
+    try:
+        with open(partial, "wb") as stream:
+            torch.save(record, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"{file} cannot be saved ({error}); what was saved before is whole: make room, and --resume"
+        ) from error
 
 
 def save_weights(model: ConViT, classes: list[str], epoch: int, file: Path, half: bool = False):
@@ -36,56 +50,89 @@ def save_weights(model: ConViT, classes: list[str], epoch: int, file: Path, half
     save({"model": state, "model_config": config, "classes": classes, "epoch": epoch}, file)
 
 
-def save_last(run: Path, parts: dict, epoch: int, best: float):
-    """Write last.pt: the state of every part (model, optimizer ...) and of the random numbers after this epoch."""
+def begin(run: Path, parts: dict, config: RunConfig, device: torch.device) -> dict:
+    """Start a run or go on with it; return where it stands: the next epoch, the steps done in it, loss so far, best.
+
+    The run folder is locked until the process ends. Raises ValueError or OSError where that cannot be.
+    """
+    resumed = config.resume or (distributed.restarted() and (run / "last.pt").exists())
+    if distributed.rank() == 0 and not resumed and (run / "last.pt").exists():
+        raise ValueError(f"{run} holds a run already: add --resume to go on with it, or choose another --run")
+    state = {"epoch": 0, "index": 0, "loss_sum": 0.0, "best": -1.0}
+    if resumed:
+        state = resume(run, parts, config, device)
+    if distributed.rank() == 0:
+        lock(run)
+        metrics = [line for line in read_metrics(run) if line["epoch"] < state["epoch"]] if resumed else []
+        write(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
+        history = json.loads((run / "provenance.json").read_text()) if resumed else []
+        write(run / "provenance.json", json.dumps([*history, provenance(device)], indent=2) + "\n")
+        write(run / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    distributed.wait()
+    return state
+
+
+def lock(run: Path):
+    """Make the run folder this process's own, until it ends. Raises ValueError where it is another's."""
+    (run / "snapshots").mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT)  # never closed: the lock goes with the process
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"another process is training into {run}: wait for it, or choose another --run") from error
+
+
+def write(file: Path, text: str):
+    """Write a text file so that either the old one is there or the whole new one."""
+    partial = file.with_suffix(".tmp")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
+def save_last(run: Path, parts: dict, config: RunConfig, state: dict):
+    """Write last.pt: the state of every part (model, optimizer ...), the flags, and where the run stands.
+
+    Random numbers are no part of it: every draw follows from the seed, the step and the process.
+    """
     record = {name: part.state_dict() for name, part in parts.items()}
-    record |= {"rng": torch.get_rng_state(), "epoch": epoch, "best": best}
-    if torch.cuda.is_available():
-        record["cuda_rng"] = torch.cuda.get_rng_state()
-    save(record, run / "last.pt")
+    save(record | {"config": dataclasses.asdict(config), "state": state}, run / "last.pt")
 
 
-def resume(run: Path, parts: dict, device: torch.device) -> tuple[int, float]:
-    """Put all parts back as last.pt has them; return the epoch to go on with, and the best score so far.
+def require_finite(loss: float, run: Path, step: int, rate: float):
+    """End the run where its loss is no longer a number."""
+    if not math.isfinite(loss):
+        last = f"{run / 'last.pt'} is from before" if (run / "last.pt").exists() else "nothing was saved before"
+        advice = f"start again with a lower --lr and another --run ({last})"
+        distributed.leave(f"the loss is no longer finite at step {step}, learning rate {rate:.2g}: {advice}")
 
-    Raises FileNotFoundError or ValueError where there is no last.pt that fits.
+
+def resume(run: Path, parts: dict, config: RunConfig, device: torch.device) -> dict:
+    """Put all parts back as last.pt has them; return where the run stands.
+
+    Raises FileNotFoundError or ValueError where there is no last.pt that is whole and of this run.
     """
     file = run / "last.pt"
     if not file.exists():
         raise FileNotFoundError(f"{run} holds no run to go on with; leave out --resume to start one")
     try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip():  # every part against its checksum, which torch.load does not look at
+                raise ValueError("a checksum is wrong")
         record = torch.load(file, map_location=device, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(record[name])
-        torch.set_rng_state(record["rng"].cpu())
-        if "cuda_rng" in record and torch.cuda.is_available():
-            torch.cuda.set_rng_state(record["cuda_rng"].cpu())
+        saved_config, state = record["config"], record["state"]
     except Exception as error:  # damaged files make the unpickler raise nearly anything
-        raise ValueError(f"{file} is damaged, or of a run with other settings") from error
-    metrics = [line for line in read_metrics(run) if line["epoch"] <= record["epoch"]]  # a later one was cut off
-    partial = run / "metrics.tmp"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    os.replace(partial, run / "metrics.jsonl")
-    return record["epoch"] + 1, record["best"]
+        found = "is damaged, or was not written by this script, and was not opened further"
+        instead = f"to start again from the best weights, --weights {run / 'best.pt'} and another --run"
+        raise ValueError(f"{file} {found}; {instead}") from error
+    same_run(config, saved_config)
+    for name, part in parts.items():
+        part.load_state_dict(record[name])
+    return state
 
 
 def snapshot_epochs(epochs: int, count: int = 16) -> set[int]:
     """Epochs of which to keep a snapshot: 0, 1 and the last, and up to count in all, about even on a log scale."""
     return {0} | {round(epochs ** (i / (count - 2))) for i in range(count - 1)}
-
-
-def start_run(run: Path, device: torch.device):
-    """Make a run folder, with its provenance.json. Raises ValueError where there is a run already."""
-    if (run / "last.pt").exists():
-        raise ValueError(f"{run} holds a run already: add --resume to go on with it, or choose another --run")
-    (run / "snapshots").mkdir(parents=True, exist_ok=True)
-    (run / "metrics.jsonl").write_text("")  # of a run cut off before its first last.pt
-    (run / "provenance.json").write_text(json.dumps(provenance(device), indent=2) + "\n")
-
-
-def write_config(run: Path, config: dict):
-    """Write config.json, which --config and --resume read."""
-    (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def provenance(device: torch.device) -> dict:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 Config = TypeVar("Config")
 
@@ -26,6 +26,13 @@ def at_least(smallest: int):
     return whole_number
 
 
+def fraction(text: str) -> float:
+    """An argparse type: a number above 0, and at most 1."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    return float(text)
+
+
 def parse_flags(config_class: type[Config], description: str) -> Config:
     """Read the flags of a script. --config FILE, and --resume with the run's own config.json, replace the defaults.
 
@@ -38,7 +45,7 @@ def parse_flags(config_class: type[Config], description: str) -> Config:
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options.setdefault("type", field.type)
+            options.setdefault("type", (get_args(field.type) or [field.type])[0])  # str of "str | None"
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
 
     given = parser.parse_args()
