@@ -6,12 +6,9 @@ import itertools
 import json
 import pickle
 import re
-import signal
-import subprocess
 import sys
 import tarfile
 import threading
-import time
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +17,17 @@ import pytest
 import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+from torchvision.transforms import functional
 
 import train_cifar
 from analysis import read_metrics
 from convit_min import create_model, load_weights, normalise
 from training import checkpoint
-from training.data import CIFAR, crop_and_flip, load_cifar, load_folder, random_resized_crop
+from training.augment import colour_jitter, erase, flip, mix, shift
+from training.data import CIFAR, epoch_order, load_cifar, load_folder, subset
+from training.files import random_resized_crop
 from training.loop import ema_average, learning_rate, parameter_groups
+from training.patterns import patterns
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--epochs", "2", "--batch-size", "8", "--device", "cpu"]
@@ -50,53 +51,27 @@ def tree(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
-def run_main(monkeypatch, *flags) -> str:
-    """The message that the script exits with."""
-    monkeypatch.setattr(sys, "argv", ["train_cifar.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as stopped:
-        train_cifar.main()
-    return str(stopped.value.code)
+@pytest.fixture
+def complaint(monkeypatch, capsys):
+    """What train_cifar.py says when it refuses some flags."""
+
+    def run(*flags) -> str:
+        monkeypatch.setattr(sys, "argv", ["train_cifar.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            train_cifar.main()
+        assert stopped.value.code in (1, 2)
+        return capsys.readouterr().err
+
+    return run
 
 
-def script(*flags) -> subprocess.Popen:
-    command = [sys.executable, ROOT / "train_cifar.py", *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def test_a_run_killed_and_resumed_ends_with_the_same_bits(tree, tmp_path):
-    flags = ["--data-dir", tree, *QUICK, "--drop-path", "0.2"]
-    straight = script(*flags, "--run", tmp_path / "straight")
-    output, _ = straight.communicate(timeout=200)
-    assert straight.returncode == 0, output
-
-    killed = script(*flags, "--run", tmp_path / "killed")
-    deadline = time.monotonic() + 120
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) == 2):
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    again = script("--run", tmp_path / "killed", "--resume")
-    output, _ = again.communicate(timeout=200)
-    assert again.returncode == 0, output
-
-    one, other = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("straight", "killed"))
-    for part in ("model", "ema"):
-        assert all(torch.equal(value, other[part][key]) for key, value in one[part].items())
-    lines = [read_metrics(tmp_path / name) for name in ("straight", "killed")]
-    for line in lines[0] + lines[1]:
-        line.pop("images_per_second", None)
-    assert lines[0] == lines[1]
-
-
-def test_what_a_run_folder_holds(tree, tmp_path, monkeypatch):
+def test_what_a_run_folder_holds(tree, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", ["train_cifar.py", "--data-dir", str(tree), "--run", str(run), *QUICK])
     train_cifar.main()
     config = json.loads((run / "config.json").read_text())
     assert config["epochs"] == 2 and config["model"] == "convit_cifar_nano" and config["dataset"] == "folder"
-    assert json.loads((run / "provenance.json").read_text())["torch"] == torch.__version__
+    assert json.loads((run / "provenance.json").read_text())[0]["torch"] == torch.__version__
     for picture in ("curves.png", "gates.png", "nonlocality.png"):
         with Image.open(run / picture) as image:
             image.verify()
@@ -119,16 +94,21 @@ def test_what_a_run_folder_holds(tree, tmp_path, monkeypatch):
         accuracy = (model(normalise(test.images)).argmax(1) == test.labels).float().mean().item() * 100
     assert accuracy == pytest.approx(max(line["test_accuracy"] for line in metrics))
 
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--eval"])
+    train_cifar.main()
+    assert f"test_accuracy {accuracy:.3f}" in capsys.readouterr().out
 
-def test_bad_input_gives_one_sentence_and_leaves_nothing(tree, tmp_path, monkeypatch, capsys):
+
+def test_bad_input_gives_one_sentence_and_leaves_nothing(tree, tmp_path, complaint):
     run = tmp_path / "run"
-    flags = ["--data-dir", tree, "--run", run, *QUICK]
+    complaint = partial(complaint, "--data-dir", tree, "--run", run, *QUICK)
 
-    def complaint(*changes) -> str:
-        message = run_main(monkeypatch, *flags, *changes)
-        return capsys.readouterr().err if message == "2" else message
-
-    assert "there is no model 'convit_nano'" in complaint("--model", "convit_nano")
+    assert "invalid choice: 'convit_nano'" in complaint("--model", "convit_nano")
+    assert "--batch-size 8 must be a multiple" in complaint("--accumulate", "3")
+    assert "not above 0" in complaint("--data-fraction", "0")
+    assert "--save-every" in complaint("--save-every", "soon")
+    assert "best.pt" in complaint("--eval")
     assert "patch_size=5" in complaint("--patch-size", "5")
     assert "24 training pictures are fewer than --batch-size 100" in complaint("--batch-size", "100")
     assert "unrecognized arguments: --epoch" in complaint("--epoch", "3")
@@ -153,7 +133,7 @@ def test_bad_input_gives_one_sentence_and_leaves_nothing(tree, tmp_path, monkeyp
     assert "empty holds no pictures" in complaint()
     (tree / "train" / "empty").rmdir()
     (tree / "test" / "blue").rename(tree / "test" / "yellow")
-    assert "blue, yellow" in complaint()
+    assert "has classes that" in (odd := complaint()) and "yellow" in odd
     for split in ("train/blue", "train/green", "test/yellow", "test/green"):
         (tree / split).rename(tmp_path / split.replace("/", "_"))
     assert "one class only" in complaint()
@@ -167,27 +147,111 @@ def test_bad_input_gives_one_sentence_and_leaves_nothing(tree, tmp_path, monkeyp
     assert [(file.name, file.read_text()) for file in run.iterdir()] == [("last.pt", "precious")]
 
 
-def test_a_loss_that_explodes_stops_the_run(tree, tmp_path, monkeypatch):
-    message = run_main(monkeypatch, "--data-dir", tree, "--run", tmp_path / "run", *QUICK, "--lr", "1e30")
-    assert "no longer finite at step" in message and "lower --lr" in message
+def test_a_loss_that_explodes_stops_the_run(tree, tmp_path, complaint):
+    message = complaint("--data-dir", tree, "--run", tmp_path / "run", *QUICK, "--lr", "1e30", "--save-every", "1")
+    assert re.search(r"no longer finite at step \d+, learning rate .*lower --lr.*last.pt is from before", message)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_crop_and_flip_draws_for_every_picture():
+def test_shift_and_flip_draw_for_every_picture():
     images = torch.randint(1, 256, (200, 3, 6, 5), dtype=torch.uint8)
-    augmented = crop_and_flip(images, torch.Generator().manual_seed(1), padding=2)
+    augmented = flip(shift(images, 2))
     assert augmented.dtype == torch.uint8
     draws = set()
     for image, result in zip(images, augmented, strict=True):
         padded = torch.zeros(3, 10, 9, dtype=torch.uint8)
         padded[:, 2:8, 2:7] = image
         found = []
-        for y, x, flip in itertools.product(range(5), range(5), (False, True)):
+        for y, x, mirrored in itertools.product(range(5), range(5), (False, True)):
             cut = padded[:, y : y + 6, x : x + 5]
-            if torch.equal(result, cut.flip(-1) if flip else cut):
-                found.append((y, x, flip))
+            if torch.equal(result, cut.flip(-1) if mirrored else cut):
+                found.append((y, x, mirrored))
         assert len(found) == 1
         draws.add(found[0])
     assert len(draws) > 40  # of 50
+    assert torch.equal(flip(shift(images, 0), wanted=False), images)
+
+
+def test_mix_draws_for_every_picture_and_keeps_the_proportions():
+    """Every image is of one value, so that each pixel of a mixture tells which two images it is of, and how much."""
+    b = 64
+    images = (torch.arange(b) + 1.0)[:, None, None, None].expand(b, 3, 16, 12)
+    targets = torch.eye(b)
+    for mixup, cutmix in ((0.8, 0.0), (0.0, 1.0), (0.8, 1.0)):
+        mixed, soft = mix(images, targets, mixup, cutmix)
+        torch.testing.assert_close(soft.sum(1), torch.ones(b))
+        torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), soft @ (torch.arange(b) + 1.0), rtol=1e-4, atol=1e-4)
+        flat = mixed.flatten(1)
+        uniform = (flat.amax(1) - flat.amin(1)) < 1e-4
+        boxes = ~uniform
+        assert boxes.any() == (cutmix > 0) and (uniform.sum() > b // 4) == (mixup > 0)
+        assert len({round(share.item(), 3) for share in soft.diagonal()}) > b // 2  # not one draw for all
+        assert all(len(image.unique()) == 2 for image in mixed[boxes])  # cut out, not blended
+    assert mix(images, targets, 0, 0)[0] is images
+
+
+def test_erase_fills_a_box_of_the_right_size_in_some_pictures():
+    images = torch.full((400, 3, 20, 20), 7.0)
+    erased = erase(images, 0.25)
+    changed = (erased != 7).any(dim=1)  # b H W
+    touched = changed.flatten(1).any(1)
+    assert 60 < touched.sum() < 140
+    for mask, image in zip(changed[touched], erased[touched], strict=True):
+        rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+        box = image[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert mask.sum() == box[0].numel() <= 400 / 3 + 45
+        assert box.std() > 0.3 or box.numel() < 30  # noise, not one colour
+    assert len({int(mask.sum()) for mask in changed[touched]}) > 20
+
+
+def test_colour_jitter_is_torchvisions_with_its_own_factors_for_every_picture():
+    images = torch.randint(60, 190, (6, 3, 8, 8)).float()
+    torch.manual_seed(3)
+    ours = colour_jitter(images, 0.4)
+    torch.manual_seed(3)
+    factors = (1 + 0.4 * (2 * torch.rand(3, 6, 1, 1, 1) - 1)).flatten(1)
+    for index in range(6):
+        image = functional.adjust_brightness(images[index] / 255, factors[0, index].item())
+        image = functional.adjust_contrast(image, factors[1, index].item())
+        image = functional.adjust_saturation(image, factors[2, index].item())
+        torch.testing.assert_close(ours[index] / 255, image, atol=2e-2, rtol=0)
+    assert factors.unique().numel() == 18
+
+
+def test_a_fraction_has_the_same_share_of_every_class_and_follows_the_seed():
+    labels = torch.tensor([0] * 100 + [1] * 40 + [2] * 3)[torch.randperm(143)]
+    chosen = subset(labels, 0.1, seed=1)
+    assert labels[chosen].bincount().tolist() == [10, 4, 1]
+    assert torch.equal(chosen, subset(labels, 0.1, seed=1)) and not torch.equal(chosen, subset(labels, 0.1, seed=2))
+    assert set(chosen.tolist()) != set(range(15))
+    assert torch.equal(subset(labels, 1.0, seed=1), torch.arange(143))
+
+
+def test_repeated_augmentation_shows_fewer_pictures_more_often():
+    order = epoch_order(90, seed=0, epoch=1, repeats=3)
+    assert len(order) == 90 and sorted(order.bincount(minlength=90).unique().tolist()) == [0, 3]
+    assert not torch.equal(order, epoch_order(90, seed=0, epoch=2, repeats=3))
+
+
+def test_patterns_can_be_read_off_the_pictures():
+    """Find the squares by brute force, compare colours, name the texture: the label, in every picture."""
+    images, labels = patterns(60, "test")
+    assert torch.equal(images, patterns(60, "test")[0])
+    y, x = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    masks = [y // 2 % 2, x // 2 % 2, (x + y) // 2 % 2, (y // 2 + x // 2) % 2, torch.ones(8, 8)]
+    masks = [mask.bool() for mask in masks]
+    for image, label in zip(images.float(), labels.tolist(), strict=True):
+        squares = image.unfold(1, 8, 4).unfold(2, 8, 4).permute(1, 2, 0, 3, 4).reshape(-1, 3, 8, 8)
+        found = {}
+        for square in squares:
+            bright = square.amax(dim=0) > 0
+            lit = square[:, bright]
+            kind = next((kind for kind, mask in enumerate(masks) if torch.equal(mask, bright)), None)
+            if kind is not None and (lit.amax(1) == lit.amin(1)).all():  # one colour
+                found.setdefault(tuple(lit[:, 0].tolist()), []).append(kind)
+        assert [kinds for kinds in map(sorted, found.values()) if 4 in kinds] == [[label, 4]]
+    assert labels.bincount(minlength=4).min() > 5
 
 
 def test_random_resized_crop_is_the_same_part_whatever_the_scale_of_decoding(tmp_path, monkeypatch):
@@ -196,15 +260,15 @@ def test_random_resized_crop_is_the_same_part_whatever_the_scale_of_decoding(tmp
     parts = []
     for seed in range(20):
         torch.manual_seed(seed)
-        fast = random_resized_crop(tmp_path / "a.jpg", 64)
+        fast = np.asarray(random_resized_crop(tmp_path / "a.jpg", 64), dtype=float)
         with monkeypatch.context() as patch:
             patch.setattr(JpegImageFile, "draft", lambda *_: None)  # decode all of it
             torch.manual_seed(seed)
-            slow = random_resized_crop(tmp_path / "a.jpg", 64)
-        assert fast.shape == (3, 64, 64) and fast.dtype == torch.uint8
-        assert (fast.float() - slow.float()).abs().mean() < 1.5
+            slow = np.asarray(random_resized_crop(tmp_path / "a.jpg", 64), dtype=float)
+        assert fast.shape == (64, 64, 3)
+        assert abs(fast - slow).mean() < 1.5
         parts.append(fast)
-    assert len({part.float().mean().round().item() for part in parts}) > 5  # another part each time
+    assert len({round(part.mean()) for part in parts}) > 5  # another part each time
 
 
 def test_schedule_and_groups():

@@ -1,0 +1,318 @@
+"""What training survives: processes killed for real, signals, full disks, damaged files, two processes for one."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_cifar
+import train_imagenet
+from analysis import read_metrics
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--epochs", "6", "--batch-size", "8", "--drop-path", "0.2", "--mixup", "0.8", "--save-every", "3"]
+
+# a process that has imported everything and has no threads yet; its children start within milliseconds
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["train_cifar", "train_imagenet"])
+
+
+def run_script(name: str, flags: list, log: Path, file_limit: int | None):
+    """In a child process: run a script with these flags, its output in a file, its files limited in size."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if file_limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    torch.set_num_threads(1)
+    sys.argv = [f"{name}.py", *map(str, flags)]
+    {"train_cifar": train_cifar, "train_imagenet": train_imagenet}[name].main()
+
+
+class Script:
+    """A training script in a process of its own."""
+
+    def __init__(self, log: Path, *flags, name: str = "train_cifar", file_limit: int | None = None):
+        self.log = log
+        self.process = server.Process(target=run_script, args=(name, list(flags), log, file_limit))
+        self.process.start()
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit status and everything it said."""
+        self.process.join(120)
+        assert self.process.exitcode is not None, "it hangs"
+        return self.process.exitcode, self.log.read_text()
+
+    def wait_for(self, file: Path):
+        deadline = time.monotonic() + 60
+        while not file.exists():
+            assert self.process.is_alive() and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """30 training and 9 test pictures of three classes."""
+    root = tmp_path_factory.mktemp("pictures")
+    numbers = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 3)):
+        for colour, name in enumerate(("red", "green", "blue")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = numbers.integers(0, 120, (32, 32, 3), dtype=np.uint8)
+                pixels[..., colour] += 130
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(tree, tmp_path_factory) -> Path:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    status, output = Script(folder / "log", "--data-dir", tree, "--run", folder / "run", *QUICK).wait()
+    assert status == 0, output
+    return folder / "run"
+
+
+@pytest.fixture
+def straight(finished, tmp_path) -> Path:
+    """A copy of that run, to be treated as a test likes."""
+    return shutil.copytree(finished, tmp_path / "straight")
+
+
+def assert_same_run(one: Path, other: Path):
+    """Bit for bit, but for the speed."""
+    records = [torch.load(run / "last.pt", weights_only=True) for run in (one, other)]
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, records[1][part][key]) for key, value in records[0][part].items())
+    lines = [read_metrics(run) for run in (one, other)]
+    for line in lines[0] + lines[1]:
+        line.pop("images_per_second", None)
+    assert lines[0] == lines[1]
+
+
+def saved_at(run: Path) -> int:
+    """When last.pt was last replaced."""
+    return (run / "last.pt").stat().st_mtime_ns if (run / "last.pt").exists() else 0
+
+
+def test_killed_ten_times_a_run_ends_with_the_same_bits(tree, straight, tmp_path):
+    run, moments = tmp_path / "killed", random.Random(1)
+    flags = ["--data-dir", tree, "--run", run, *QUICK, "--save-every", "1"]
+    for kills in range(10):
+        before = saved_at(run)
+        script = Script(tmp_path / "log", *flags, *(["--resume"] if before else []))
+        while saved_at(run) == before:
+            assert script.process.is_alive(), script.log.read_text()
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.2))
+        assert script.process.is_alive(), f"finished after {kills} kills"
+        script.process.kill()
+        script.process.join()
+    status, output = Script(tmp_path / "log", *flags, "--resume").wait()
+    assert status == 0, output
+    assert_same_run(straight, run)
+    assert len(json.loads((run / "provenance.json").read_text())) > 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_loses_not_one_step(tree, straight, tmp_path, number):
+    run = tmp_path / "stopped"
+    script = Script(tmp_path / "log", "--data-dir", tree, "--run", run, *QUICK)
+    script.wait_for(run / "last.pt")
+    time.sleep(0.3)
+    os.kill(script.process.pid, number)
+    status, output = script.wait()
+    assert status == 128 + number and "Traceback" not in output
+    step = int(re.search(r"stopped and saved after step (\d+)", output)[1])
+    state = torch.load(run / "last.pt", weights_only=True)["state"]
+    assert step == (state["epoch"] - 1) * 3 + state["index"]
+
+    status, output = Script(tmp_path / "log", "--run", run, "--resume").wait()
+    assert status == 0, output
+    assert_same_run(straight, run)
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(tree, straight, tmp_path):
+    before = (straight / "last.pt").read_bytes()
+    flags = ["--run", straight, "--resume", "--epochs", "7"]
+    status, output = Script(tmp_path / "log", *flags, file_limit=2**20).wait()
+    assert status == 1 and "Traceback" not in output
+    assert "last.pt cannot be saved" in output and "--resume" in output
+    assert (straight / "last.pt").read_bytes() == before
+    assert not list(straight.glob("*.tmp"))
+    status, output = Script(tmp_path / "log", *flags).wait()
+    assert status == 0, output
+    assert [line["epoch"] for line in read_metrics(straight)] == list(range(8))
+
+
+def test_what_cannot_be_resumed_is_refused(tree, straight, tmp_path):
+    def refusal(*flags) -> str:
+        log = tmp_path / f"log{len(list(tmp_path.iterdir()))}"
+        status, output = Script(log, "--run", straight, "--resume", *flags).wait()
+        assert status == 1 and "Traceback" not in output
+        return output.strip().splitlines()[-1]
+
+    whole = (straight / "last.pt").read_bytes()
+    other = refusal("--model", "vit_cifar_nano")
+    assert "the run has --model convit_cifar_nano, not vit_cifar_nano" in other
+    assert "--batch-size 8, not 4" in refusal("--batch-size", "4")
+    assert "--dataset folder, not patterns" in refusal("--dataset", "patterns")
+    assert (straight / "last.pt").read_bytes() == whole
+
+    (straight / "last.pt").write_bytes(whole[: len(whole) // 2])
+    assert "last.pt is damaged" in refusal() and "--weights" in refusal()
+    middle = len(whole) // 2
+    (straight / "last.pt").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    assert "last.pt is damaged" in refusal()
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"model": Trap()}, straight / "last.pt")
+    assert "was not opened further" in refusal()
+    (straight / "last.pt").write_bytes(pickle.dumps(Trap()))
+    assert "was not opened further" in refusal()
+    assert not (tmp_path / "executed").exists()
+
+    new = ["--data-dir", tree, "--run", tmp_path / "new", *QUICK, "--weights", straight / "best.pt"]
+    status, output = Script(tmp_path / "log", *new).wait()
+    assert status == 0, output
+    start = read_metrics(tmp_path / "new")[0]["test_accuracy"]
+    assert start == max(line["test_accuracy"] for line in read_metrics(straight))
+
+
+def test_a_run_folder_in_use_is_refused(tree, tmp_path):
+    run = tmp_path / "run"
+    first = Script(tmp_path / "log1", "--data-dir", tree, "--run", run, *QUICK, "--epochs", "50")
+    first.wait_for(run / "last.pt")
+    before = (run / "config.json").read_text()
+    status, output = Script(tmp_path / "log2", "--run", run, "--resume", "--lr", "0.5").wait()
+    assert status == 1 and "another process is training into" in output
+    assert (run / "config.json").read_text() == before
+    first.process.kill()
+    first.process.join()
+
+
+def torchrun(tmp_path: Path, *flags, restarts: int = 0) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [f"--max-restarts={restarts}", "--", "train_cifar.py", *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as in the README
+    with open(tmp_path / "torchrun.log", "w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+
+
+def test_two_processes_train_as_one(tree, tmp_path):
+    plain = ["--data-dir", tree, "--no-flip", "--shift", "0", "--epochs", "7", "--batch-size", "8", "--device", "cpu"]
+    pair = torchrun(tmp_path, *plain, "--run", tmp_path / "two")
+    status, output = Script(tmp_path / "log", *plain, "--run", tmp_path / "one").wait()
+    assert status == 0, output
+    assert pair.wait(180) == 0, (tmp_path / "torchrun.log").read_text()
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == 8  # 21 steps
+    for single, double in zip(one, two, strict=True):
+        assert single.get("train_loss", 0) == pytest.approx(double.get("train_loss", 0), abs=1e-5)
+        assert single["test_loss"] == pytest.approx(double["test_loss"], abs=1e-5)  # 9 pictures, no one twice
+        assert single["test_accuracy"] == double["test_accuracy"]
+
+
+def test_torchrun_goes_on_after_a_worker_is_killed(tree, tmp_path):
+    run = tmp_path / "run"
+    group = torchrun(tmp_path, "--data-dir", tree, "--run", run, *QUICK, restarts=1)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(run) if (run / "metrics.jsonl").exists() else []) < 3:
+        assert group.poll() is None and time.monotonic() < deadline, (tmp_path / "torchrun.log").read_text()
+        time.sleep(0.02)
+    children = Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert group.wait(180) == 0, (tmp_path / "torchrun.log").read_text()
+    assert [line["epoch"] for line in read_metrics(run)] == list(range(7))
+    assert len(json.loads((run / "provenance.json").read_text())) == 2
+
+
+@pytest.fixture
+def photographs(tree, tmp_path) -> Path:
+    """The pictures as an ImageNet-like tree train/, val/."""
+    shutil.copytree(tree, tmp_path / "photographs")
+    (tmp_path / "photographs" / "test").rename(tmp_path / "photographs" / "val")
+    return tmp_path / "photographs"
+
+
+SMALL = ["--model", "convit_cifar_nano", "--epochs", "1", "--batch-size", "8", "--warmup-epochs", "0"]
+
+
+def test_any_number_of_workers_gives_the_same_run(photographs, tmp_path):
+    flags = ["--data-dir", photographs, *SMALL, "--run"]
+    for workers in (0, 8):
+        script = Script(tmp_path / f"log{workers}", *flags, tmp_path / f"run{workers}", "--workers", workers,
+                        name="train_imagenet")  # fmt: skip
+        status, output = script.wait()
+        assert status == 0, output
+    assert_same_run(tmp_path / "run0", tmp_path / "run8")
+    assert read_metrics(tmp_path / "run0")[1]["train_loss"] < 2
+
+
+def test_a_picture_that_does_not_decode_is_named(photographs, tmp_path):
+    bad = photographs / "train" / "green" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    flags = ["--data-dir", photographs, *SMALL, "--workers", "2", "--repeats", "1", "--run", tmp_path / "run"]
+    status, output = Script(tmp_path / "log1", *flags, "--epochs", "2", name="train_imagenet").wait()
+    assert status == 1 and f"{bad} cannot be read as a picture" in output and "Traceback" not in output
+    status, output = Script(tmp_path / "log2", *flags, "--epochs", "2", "--skip-bad-images", "--run", tmp_path / "skip",
+                            name="train_imagenet").wait()  # fmt: skip
+    assert status == 0 and f"{bad} cannot be read as a picture; the next one took its place" in output
+
+
+def test_missing_and_odd_folders_get_one_sentence(photographs, tmp_path):
+    def complaint(*flags) -> str:
+        log = tmp_path / f"log{len(list(tmp_path.iterdir()))}"
+        status, output = Script(log, *flags, *SMALL, "--run", tmp_path / "run", name="train_imagenet").wait()
+        assert status == 1 and "Traceback" not in output
+        return output
+
+    nothing = complaint("--data-dir", tmp_path / "nothing")
+    assert all(hint in nothing for hint in ("train/WNID", "val/WNID", "--dataset patterns", "train_cifar.py"))
+    (photographs / "val" / "green").rename(photographs / "val" / "yellow")
+    assert "has classes that" in (odd := complaint("--data-dir", photographs)) and "yellow" in odd
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_ablation_of_table_3_is_a_flag(tree, tmp_path):
+    def first_layer(name: str, *flags) -> tuple[set[str], dict]:
+        """What of the first layer one epoch moves, and its weights before."""
+        run = tmp_path / name
+        script = Script(tmp_path / f"{name}.log", "--data-dir", tree, "--run", run, *QUICK, "--epochs", "1", *flags)
+        status, output = script.wait()
+        assert status == 0, output
+        first, last = (torch.load(run / "snapshots" / f"epoch_000{epoch}.pt", weights_only=True) for epoch in (0, 1))
+        moved = {key for key, value in last["model"].items() if not torch.equal(value, first["model"][key])}
+        layer = {key.removeprefix("blocks.0.attn.") for key in moved if key.startswith("blocks.0.attn.")}
+        start = {key.removeprefix("blocks.0.attn."): value.float() for key, value in first["model"].items()}
+        return layer, start
+
+    moved, start = first_layer("full")
+    assert moved == {"qk.weight", "v.weight", "pos_proj.weight", "gating_param", "proj.weight", "proj.bias"}
+    assert torch.equal(start["v.weight"], torch.eye(144))
+    moved, start = first_layer("no_gating", "--gating", "frozen", "--gate-init", "0")
+    assert "gating_param" not in moved and start["gating_param"].abs().max() == 0
+    _, start = first_layer("no_conv_init", "--no-conv-init")
+    assert not torch.equal(start["v.weight"], torch.eye(144))
+    moved, _ = first_layer("frozen", "--freeze-gpsa")
+    assert moved == {"proj.weight", "proj.bias"}
