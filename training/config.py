@@ -66,6 +66,8 @@ class RunConfig:
         """Raise ValueError where `count` training pictures cannot be shared out as asked, or a package is missing."""
         if self.tensorboard and not find_spec("tensorboard"):
             raise ValueError("--tensorboard needs a package: pip install tensorboard")
+        if self.amp == "bf16" and self.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError("this GPU has no bf16: use --amp fp16")
         processes = world_size() * self.accumulate
         if self.batch_size % processes:
             raise ValueError(

@@ -37,6 +37,7 @@ def start(device_type: str) -> torch.device:
         if index >= torch.cuda.device_count():
             raise ValueError(f"torchrun's --nproc-per-node is more than the {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(index)
+        torch.set_float32_matmul_precision("high")  # TF32 where no --amp is given
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
     return torch.device(device_type, index) if device_type == "cuda" else torch.device("cpu")
