@@ -33,7 +33,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convit_min import GPSA, MODELS, ConViT, ConViTConfig
 from training.checkpoint import provenance
-from training.loop import autocast
 
 try:
     import timm
@@ -95,7 +94,7 @@ class Contestant:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         self.images = torch.randn(batch, config.in_chans, *config.image_shape, device=device)
         self.labels = torch.randint(0, config.num_classes, (batch,), device=device)
-        self.autocast = partial(autocast, torch.device(device), "off" if dtype == "fp32" else dtype)
+        self.autocast = partial(torch.autocast, device, DTYPES[dtype], enabled=dtype != "fp32")
 
     def infer(self):
         self.model.eval()

@@ -2,9 +2,9 @@
 
     python train_cifar.py                                     CIFAR-10 (170 MB download), nano model, two CPU cores
     python train_cifar.py --data-dir DIR --run runs/mine      your pictures: DIR/train/CLASS/*, DIR/test/CLASS/*
-    python train_cifar.py --dataset patterns --epochs 6 --run runs/patterns       no data needed, ten minutes
+    python train_cifar.py --dataset patterns --epochs 3 --batch-size 32 --shift 0 --no-flip       no data needed
     python train_cifar.py --model convit_cifar --epochs 300 --batch-size 512 --amp --compile      on a GPU
-    torchrun --nproc-per-node 2 train_cifar.py ...            on two
+    torchrun --nproc-per-node 2 -- train_cifar.py ...         on two
 
 The run folder then holds config.json, metrics.jsonl, last.pt, best.pt, snapshots/ and three pictures;
 `python app.py --run runs/cifar` shows what the heads have learned. demo/ is such a run, with what it took and gave.
@@ -44,7 +44,7 @@ class Config(RunConfig):
     model: str = flag("convit_cifar_nano", "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
     img_size: int = flag(32, "side in pixels; other pictures are scaled and cropped to it", type=at_least(1))
     patch_size: int = flag(4, "side of a patch in pixels", type=at_least(1))
-    run: str = flag("runs/cifar", "the folder to write; one that all machines see")
+    run: str = flag("runs/cifar", "the folder to write; under torchrun one that all machines see")
 
     epochs: int = flag(14, "passes over the training set; by default about an hour of two CPU cores", type=at_least(1))
     batch_size: int = flag(64, "pictures a step, over all processes", type=at_least(1))
@@ -76,8 +76,9 @@ def train(config: Config):
         model = build_model(config, len(classes)).to(device)
         if config.eval:
             metrics = evaluate(model, test_batches(test_set, config.batch_size), device, config.amp)
-            return distributed.say(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
-        ema = AveragedModel(model, avg_fn=ema_average(config.ema_decay))
+            scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            return distributed.say(f"{config.model} with {config.weights}: {scores}")
+        ema = AveragedModel(model, multi_avg_fn=ema_average(config.ema_decay))
         groups = parameter_groups(model, config.weight_decay, config.gate_lr_scale)
         optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -132,7 +133,7 @@ def train(config: Config):
                     total_loss = distributed.mean(loss_sum).item()
                     checkpoint.require_finite(total_loss, run, step, rate)
                     progress.set_postfix(loss=f"{total_loss / index:.3f}")
-                if wish and distributed.rank() == 0:
+                if (wish or index == steps_per_epoch) and distributed.rank() == 0:  # at the end, before evaluation
                     where = {"epoch": epoch, "index": index, "loss_sum": total_loss, "best": state["best"]}
                     checkpoint.save_last(run, parts, config, where)
                 if wish == Interruption.STOP:

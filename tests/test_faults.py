@@ -211,6 +211,11 @@ def test_a_run_folder_in_use_is_refused(tree, tmp_path):
     first.process.join()
 
 
+def children_of(pid: int) -> list[str]:
+    """The processes that a process has started, the oldest first."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
 def torchrun(tmp_path: Path, *flags, restarts: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [f"--max-restarts={restarts}", "--", "train_cifar.py", *map(str, flags)]
@@ -240,8 +245,7 @@ def test_torchrun_goes_on_after_a_worker_is_killed(tree, tmp_path):
     while len(read_metrics(run) if (run / "metrics.jsonl").exists() else []) < 3:
         assert group.poll() is None and time.monotonic() < deadline, (tmp_path / "torchrun.log").read_text()
         time.sleep(0.02)
-    children = Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(int(children_of(group.pid)[-1]), signal.SIGKILL)
     assert group.wait(180) == 0, (tmp_path / "torchrun.log").read_text()
     assert [line["epoch"] for line in read_metrics(run)] == list(range(7))
     assert len(json.loads((run / "provenance.json").read_text())) == 2
@@ -267,6 +271,21 @@ def test_any_number_of_workers_gives_the_same_run(photographs, tmp_path):
         assert status == 0, output
     assert_same_run(tmp_path / "run0", tmp_path / "run8")
     assert read_metrics(tmp_path / "run0")[1]["train_loss"] < 2
+
+
+def test_a_signal_to_all_processes_is_left_to_the_one_that_trains(photographs, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--data-dir", photographs, *SMALL, "--workers", "2", "--epochs", "50", "--run", run]
+    script = Script(tmp_path / "log", *flags, name="train_imagenet")
+    script.wait_for(run / "best.pt")
+    deadline = time.monotonic() + 60
+    while not (workers := [int(pid) for pid in children_of(script.process.pid)]):
+        assert script.process.is_alive() and time.monotonic() < deadline, script.log.read_text()
+    for pid in [*workers, script.process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    status, output = script.wait()
+    assert status == 128 + signal.SIGTERM and "Traceback" not in output
+    assert "stopped and saved after step" in output
 
 
 def test_a_picture_that_does_not_decode_is_named(photographs, tmp_path):

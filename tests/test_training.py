@@ -108,7 +108,7 @@ def test_bad_input_gives_one_sentence_and_leaves_nothing(tree, tmp_path, complai
     assert "--batch-size 8 must be a multiple" in complaint("--accumulate", "3")
     assert "not above 0" in complaint("--data-fraction", "0")
     assert "--save-every" in complaint("--save-every", "soon")
-    assert "best.pt" in complaint("--eval")
+    assert "no run to go on with, repeat or evaluate" in complaint("--eval")
     assert "patch_size=5" in complaint("--patch-size", "5")
     assert "24 training pictures are fewer than --batch-size 100" in complaint("--batch-size", "100")
     assert "unrecognized arguments: --epoch" in complaint("--epoch", "3")
@@ -241,6 +241,7 @@ def test_patterns_can_be_read_off_the_pictures():
     y, x = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
     masks = [y // 2 % 2, x // 2 % 2, (x + y) // 2 % 2, (y // 2 + x // 2) % 2, torch.ones(8, 8)]
     masks = [mask.bool() for mask in masks]
+    masks += [~mask for mask in masks[:4]]  # the same textures, begun with dark
     for image, label in zip(images.float(), labels.tolist(), strict=True):
         squares = image.unfold(1, 8, 4).unfold(2, 8, 4).permute(1, 2, 0, 3, 4).reshape(-1, 3, 8, 8)
         found = {}
@@ -249,7 +250,7 @@ def test_patterns_can_be_read_off_the_pictures():
             lit = square[:, bright]
             kind = next((kind for kind, mask in enumerate(masks) if torch.equal(mask, bright)), None)
             if kind is not None and (lit.amax(1) == lit.amin(1)).all():  # one colour
-                found.setdefault(tuple(lit[:, 0].tolist()), []).append(kind)
+                found.setdefault(tuple(lit[:, 0].tolist()), []).append(kind if kind < 5 else kind - 5)
         assert [kinds for kinds in map(sorted, found.values()) if 4 in kinds] == [[label, 4]]
     assert labels.bincount(minlength=4).min() > 5
 
@@ -275,6 +276,7 @@ def test_schedule_and_groups():
     rates = [learning_rate(step, 1000, 100, 1e-3) for step in range(1000)]
     assert rates[0] == 1e-6 and rates[100] == max(rates) == 1e-3 and rates[999] == pytest.approx(1e-5)
     assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert max(learning_rate(step, 10, 2, 5e-6) for step in range(10)) == 5e-6  # never up towards the end
     assert rates[550] == pytest.approx((1e-3 + 1e-5) / 2, rel=0.01)
 
     model = create_model("convit_cifar_nano")
@@ -290,12 +292,17 @@ def test_schedule_and_groups():
 
 
 def test_ema_is_a_moving_average():
-    average, ema = ema_average(0.9), torch.zeros(())
-    for updates in range(1, 200):
-        ema = average(ema, torch.ones(()), torch.tensor(updates))
-    assert ema == pytest.approx(1, abs=1e-4)
-    assert average(torch.zeros(()), torch.ones(()), torch.tensor(10_000)) == pytest.approx(0.1)
-    assert ema_average(0.0)(torch.zeros(()), torch.ones(()), torch.tensor(5)) == 1
+    def after(decay: float, start: float, updates: list[int]) -> float:
+        ema = [torch.full((2,), start), torch.full((1, 3), start)]
+        for number in updates:
+            ema_average(decay)(ema, [torch.ones(2), torch.ones(1, 3)], torch.tensor(number))
+        assert ema[0][0] == ema[1][0, 2]
+        return ema[0][0].item()
+
+    assert after(0.9, 0.0, list(range(1, 200))) == pytest.approx(1, abs=1e-4)
+    assert after(0.9, 0.0, [10_000]) == pytest.approx(0.1)
+    assert after(0.999, 0.0, [0]) == pytest.approx(0.9)
+    assert after(0.0, 0.0, [5]) == 1
 
 
 def test_snapshot_epochs():

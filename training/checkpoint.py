@@ -39,7 +39,7 @@ def save(record: dict, file: Path):
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         partial.unlink(missing_ok=True)
         raise OSError(
-            f"{file} cannot be saved ({error}); what was saved before is whole: make room, and --resume"
+            f"{file} cannot be saved ({error}); what was saved before is whole: see that there is room, and --resume"
         ) from error
 
 
@@ -53,11 +53,17 @@ def save_weights(model: ConViT, classes: list[str], epoch: int, file: Path, half
 def begin(run: Path, parts: dict, config: RunConfig, device: torch.device) -> dict:
     """Start a run or go on with it; return where it stands: the next epoch, the steps done in it, loss so far, best.
 
-    The run folder is locked until the process ends. Raises ValueError or OSError where that cannot be.
+    A run that the same torchrun has begun is gone on with unasked: a process had died. The folder is locked until the
+    process ends. Raises ValueError or OSError where a run can be neither begun nor resumed.
     """
-    resumed = config.resume or (distributed.restarted() and (run / "last.pt").exists())
-    if distributed.rank() == 0 and not resumed and (run / "last.pt").exists():
-        raise ValueError(f"{run} holds a run already: add --resume to go on with it, or choose another --run")
+    resumed, history = config.resume, []
+    if distributed.rank() == 0 and (run / "last.pt").exists():
+        history = json.loads((run / "provenance.json").read_text()) if (run / "provenance.json").exists() else []
+        same_job = distributed.job() is not None and distributed.job() in [entry["job"] for entry in history]
+        resumed = resumed or same_job
+        if not resumed:
+            raise ValueError(f"{run} holds a run already: add --resume to go on with it, or choose another --run")
+    resumed = bool(distributed.largest(resumed))  # as the first process has found
     state = {"epoch": 0, "index": 0, "loss_sum": 0.0, "best": -1.0}
     if resumed:
         state = resume(run, parts, config, device)
@@ -65,7 +71,6 @@ def begin(run: Path, parts: dict, config: RunConfig, device: torch.device) -> di
         lock(run)
         metrics = [line for line in read_metrics(run) if line["epoch"] < state["epoch"]] if resumed else []
         write(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
-        history = json.loads((run / "provenance.json").read_text()) if resumed else []
         write(run / "provenance.json", json.dumps([*history, provenance(device)], indent=2) + "\n")
         write(run / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     distributed.wait()
@@ -77,8 +82,8 @@ def lock(run: Path):
     (run / "snapshots").mkdir(parents=True, exist_ok=True)
     descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT)  # never closed: the lock goes with the process
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, not of those that it forks
+    except (BlockingIOError, PermissionError) as error:
         raise ValueError(f"another process is training into {run}: wait for it, or choose another --run") from error
 
 
@@ -125,8 +130,11 @@ def resume(run: Path, parts: dict, config: RunConfig, device: torch.device) -> d
         instead = f"to start again from the best weights, --weights {run / 'best.pt'} and another --run"
         raise ValueError(f"{file} {found}; {instead}") from error
     same_run(config, saved_config)
-    for name, part in parts.items():
-        part.load_state_dict(record[name])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(record[name])
+    except (RuntimeError, KeyError) as error:  # another number of classes, for one
+        raise ValueError(f"{file} does not fit this model and data: {error}") from error
     return state
 
 
@@ -145,6 +153,7 @@ def provenance(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
+        "job": distributed.job(),
     }
 
 

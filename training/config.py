@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -55,7 +56,7 @@ class RunConfig:
     compile: bool = flag(False, "torch.compile the model")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu", choices=["cuda", "cpu"])
     tensorboard: bool = flag(False, "write events for TensorBoard, too")
-    run: str = flag("runs/run", "the folder to write; it must be one that all machines see")
+    run: str = flag("runs/run", "the folder to write")
     save_every: str | None = flag(
         None, "save within epochs, too: every so many steps, or minutes as in 10m", type=interval
     )
@@ -73,7 +74,7 @@ class RunConfig:
             raise ValueError(
                 f"--batch-size {self.batch_size} must be a multiple of processes x --accumulate = {processes}"
             )
-        if count < self.batch_size:
+        if count < self.batch_size and not self.eval:
             raise ValueError(f"{count} training pictures are fewer than --batch-size {self.batch_size}: lower it")
 
     def total_epochs(self) -> int:
@@ -81,8 +82,9 @@ class RunConfig:
         return round(self.epochs / self.data_fraction) if self.scale_epochs else self.epochs
 
 
-MODEL_FLAGS = ["model", "img_size", "patch_size", "gpsa_layers", "gating", "freeze_gpsa"]
-ORDER_FLAGS = ["dataset", "data_fraction", "scale_epochs", "batch_size", "seed"]
+# what a run may be resumed with otherwise than it began: where and how it runs, how long and how fast it learns
+MAY_CHANGE = {"data_dir", "run", "resume", "eval", "weights", "device", "compile", "workers", "save_every"}
+MAY_CHANGE |= {"tensorboard", "skip_bad_images", "epochs", "lr"}
 
 
 def build_model(config: RunConfig, num_classes: int) -> ConViT:
@@ -90,8 +92,14 @@ def build_model(config: RunConfig, num_classes: int) -> ConViT:
     names = {field.name for field in dataclasses.fields(ConViTConfig)} & vars(config).keys()
     changes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     model = create_model(config.model, num_classes=num_classes, **changes)
-    if config.weights and not config.resume:
-        load_weights(model, config.weights)
+    if config.weights and (config.eval or not config.resume):
+        with warnings.catch_warnings():
+            if config.eval:  # a head that does not fit stays random: fine to start from, senseless to evaluate
+                warnings.simplefilter("error", UserWarning)
+            try:
+                load_weights(model, config.weights)
+            except UserWarning as warning:
+                raise ValueError(f"--eval needs weights with the same classes: {warning}") from warning
     if config.freeze_gpsa:
         freeze_gpsa(model)
     return model
@@ -99,8 +107,9 @@ def build_model(config: RunConfig, num_classes: int) -> ConViT:
 
 def same_run(config: RunConfig, saved: dict):
     """Raise ValueError where --resume comes with other flags than the run has that its state depends on."""
-    for name in MODEL_FLAGS + ORDER_FLAGS:
-        now, then = getattr(config, name), saved[name]
-        if now != then:
+    for name, now in vars(config).items():
+        if name not in MAY_CHANGE and now != saved.get(name):
             flag_name = "--" + name.replace("_", "-")
-            raise ValueError(f"the run has {flag_name} {then}, not {now}: leave the flag out, or choose another --run")
+            raise ValueError(
+                f"the run has {flag_name} {saved.get(name)}, not {now}: leave the flag out, or choose another --run"
+            )

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from pictures import middle, open_picture
-from training.distributed import rank, world_size
+from training.distributed import local_rank, rank, wait, world_size
 from training.loop import stream
 from training.patterns import TEXTURES, patterns
 
@@ -66,6 +66,8 @@ def guess_dataset(data_dir: str, default_dir: str) -> str:
 
 def load_cifar(dataset: str, data_dir: str, img_size: int = 32) -> tuple[Pictures, Pictures]:
     """CIFAR-10 or CIFAR-100 from data_dir, downloaded and checked by torchvision where it is not there yet."""
+    if local_rank() > 0:
+        wait()  # until the first process of this machine has downloaded it
     sets = []
     for train in (True, False):
         try:
@@ -79,6 +81,8 @@ def load_cifar(dataset: str, data_dir: str, img_size: int = 32) -> tuple[Picture
         if img_size != 32:
             images = torch.cat([v2.functional.resize(part, [img_size, img_size]) for part in images.split(1000)])
         sets.append(Pictures(images, torch.tensor(cifar.targets), cifar.classes))
+    if local_rank() == 0:
+        wait()
     return sets[0], sets[1]
 
 
@@ -91,13 +95,13 @@ def load_folder(root: Path, img_size: int, workers: int = 1) -> tuple[Pictures, 
     return decode(train, img_size, workers, "train"), decode(test, img_size, workers, "test")
 
 
-def list_tree(root: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """The files of every class in train/ and in test/ or val/.
+def list_tree(root: Path, held_out: tuple[str, str] = ("test", "val")) -> tuple[dict, dict]:
+    """The files of every class in train/ and in the first of `held_out` that is there.
 
     Raises FileNotFoundError or ValueError for folders that cannot be trained on.
     """
     train_dir = root / "train"
-    test_dir = root / "test" if (root / "test").is_dir() else root / "val"
+    test_dir = root / held_out[0] if (root / held_out[0]).is_dir() else root / held_out[1]
     if not (train_dir.is_dir() and test_dir.is_dir()):
         raise FileNotFoundError(f"{root} must hold pictures as train/CLASS/* and test/CLASS/* (or val/CLASS/*)")
     train, test = list_pictures(train_dir), list_pictures(test_dir)

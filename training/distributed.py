@@ -1,6 +1,8 @@
 """One process or many under torchrun; every function here means the same in a single process."""
 
+import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -20,9 +22,15 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process again after one of the group died (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def local_rank() -> int:
+    """Which process of its machine this is."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def job() -> str | None:
+    """A name for all that one torchrun command starts, restarts after failures included; None without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"torchrun {os.getppid()}" if name == "none" else name
 
 
 def start(device_type: str) -> torch.device:
@@ -30,11 +38,11 @@ def start(device_type: str) -> torch.device:
 
     Raises ValueError where there is no GPU for it.
     """
-    index = int(os.environ.get("LOCAL_RANK", 0))
+    index, processes = local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device_type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: PyTorch finds no CUDA device on this machine")
-        if index >= torch.cuda.device_count():
+        if processes > torch.cuda.device_count():
             raise ValueError(f"torchrun's --nproc-per-node is more than the {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(index)
         torch.set_float32_matmul_precision("high")  # TF32 where no --amp is given
@@ -50,9 +58,12 @@ def say(message: str):
 
 
 def leave(message: str, status: int = 1) -> NoReturn:
-    """End the process; the first one of a group says why."""
-    if rank() == 0:
+    """End the process; the first one of every machine says why."""
+    if local_rank() == 0:
         print(f"\n{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the DataLoader would complain of what comes now
+    for worker in multiprocessing.active_children():
+        worker.terminate()
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)

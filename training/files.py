@@ -1,6 +1,7 @@
 """Full-size pictures from files: worker processes decode and crop them, every draw a function of seed and place."""
 
 import math
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torchvision.transforms import InterpolationMode, RandAugment, RandomResized
 from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
+from pictures import open_picture
 from training.data import epoch_order, list_tree, load_pictures, share_of_steps
 from training.distributed import rank, world_size
 from training.loop import stream
@@ -31,7 +33,8 @@ class PictureFiles(Dataset):
 
     def __init__(self, files: list[Path], labels: Tensor, size: int, augment: int | None = None):
         """`augment` is the magnitude of RandAugment (0..10) for training, None for evaluation."""
-        self.files, self.labels, self.size, self.augment = files, labels, size, augment
+        self.files = np.array([os.fsencode(file) for file in files])  # one block, which forked workers share
+        self.labels, self.size, self.augment = labels, size, augment
 
     def __len__(self) -> int:
         return len(self.files)
@@ -42,11 +45,15 @@ class PictureFiles(Dataset):
         for other in range(len(self.files)):
             place = (index + other) % len(self.files)
             try:
-                image = self.read(self.files[place])
+                image = self.read(self.path(place))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow's words for a bad file
                 continue
             return image, int(self.labels[place]), index if other == 0 else -1 - index
         raise ValueError("none of the pictures can be read")
+
+    def path(self, index: int) -> Path:
+        """The file of a picture."""
+        return Path(os.fsdecode(self.files[index]))
 
     def read(self, file: Path) -> Tensor:
         """The part of a picture to train or evaluate on. Raises what Pillow raises for a bad file."""
@@ -70,6 +77,8 @@ def decode_part(file: Path, size: int) -> tuple[Image.Image, tuple[float, float,
     A JPEG is decoded at the smallest of its built-in scales that still has `size` pixels in the box.
     """
     with Image.open(file) as picture:
+        if picture.format != "JPEG":  # 16 bits, transparency
+            picture = open_picture(file)
         top, left, height, width = RandomResizedCrop.get_params(picture, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
         full_width, full_height = picture.size
         picture.draft("RGB", (math.ceil(full_width * size / width), math.ceil(full_height * size / height)))
@@ -80,7 +89,8 @@ def decode_part(file: Path, size: int) -> tuple[Image.Image, tuple[float, float,
 def evaluation_crop(file: Path, size: int) -> Image.Image:
     """The middle of a picture, 7/8 of its shorter side, scaled to size x size."""
     with Image.open(file) as picture:
-        part = resize(picture.convert("RGB"), round(size / EVAL_CROP), InterpolationMode.BICUBIC)
+        whole = picture.convert("RGB") if picture.format == "JPEG" else open_picture(file)
+        part = resize(whole, round(size / EVAL_CROP), InterpolationMode.BICUBIC)
     return center_crop(part, [size, size])
 
 
@@ -107,7 +117,7 @@ def open_tree(root: Path, size: int, magnitude: int) -> tuple[PictureFiles, Pict
             f"{root} must hold ImageNet as train/WNID/*.JPEG and val/WNID/*.JPEG (or your pictures as train/CLASS/*, "
             "val/CLASS/*); to try without, --dataset patterns, or train_cifar.py, which downloads CIFAR-10"
         )
-    train, val = list_tree(root)
+    train, val = list_tree(root, held_out=("val", "test"))
     classes = list(train)
 
     def flat(tree: dict[str, list[Path]]) -> tuple[list[Path], Tensor]:
@@ -145,20 +155,22 @@ def load(
     Ends the process at a file that cannot be read, naming it; with skip_bad, names it and takes another picture.
     """
     pin = device.type == "cuda"
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=_quiet)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=_linger)
     for images, labels, indices in loader:
         for index in indices[indices < 0].tolist():
-            problem = f"{dataset.files[-1 - index]} cannot be read as a picture"
+            problem = f"{dataset.path(-1 - index)} cannot be read as a picture"
             if not skip_bad:
-                sys.exit(
-                    f"\n{problem}: mend or remove it, or add --skip-bad-images; --resume goes on from the last save"
-                )
+                sys.exit(f"\n{problem}: mend or remove it (or, in training, add --skip-bad-images), then --resume")
             tqdm.write(f"{problem}; the next one took its place")
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def _quiet(_):
-    """A worker leaves signals to the process that trains, which finishes its step first."""
+def _linger(_):
+    """A worker leaves signals, which a terminal or Slurm sends to all, to the process that trains, for ten seconds."""
+
+    def note(number: int, _):
+        signal.alarm(10)  # time to finish the step and save
+        signal.signal(number, signal.SIG_DFL)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, note)

@@ -49,7 +49,8 @@ def parse_flags(config_class: type[Config], description: str) -> Config:
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
 
     given = parser.parse_args()
-    file = given.config or (Path(given.run) / "config.json" if getattr(given, "resume", False) else None)
+    known = given.resume or (given.eval and not given.weights)  # the run in --run, so its flags
+    file = given.config or (Path(given.run) / "config.json" if known else None)
     if file:
         given = parser.parse_args([*_flags_of(parser, config_class, file), *sys.argv[1:]])  # checked like typed ones
     values = vars(given)
@@ -62,7 +63,7 @@ def _flags_of(parser: argparse.ArgumentParser, config_class: type, file: str | P
     try:
         values = json.loads(Path(file).read_text())
     except OSError as error:
-        parser.error(f"there is no run to go on with or repeat: {file} cannot be opened ({error.strerror})")
+        parser.error(f"there is no run to go on with, repeat or evaluate: {file} cannot be opened ({error.strerror})")
     except ValueError:
         values = None
     if not isinstance(values, dict) or not values.keys() <= {field.name for field in dataclasses.fields(config_class)}:
@@ -74,7 +75,7 @@ def _flags_of(parser: argparse.ArgumentParser, config_class: type, file: str | P
             flags.append(f"--{flag_name}" if value else f"--no-{flag_name}")
         elif value is not None and name != "run":
             flags.append(f"--{flag_name}={value}")
-    return [flag for flag in flags if flag not in ("--resume", "--no-resume")]
+    return [flag for flag in flags if flag not in ("--resume", "--no-resume", "--eval", "--no-eval")]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from convit_min import normalise
-from training.distributed import largest, total, world_size
+from training.distributed import largest, local_rank, total, world_size
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,6 +26,7 @@ def learning_rate(
     if step < warmup_steps:  # 1. warm up from start, reaching the peak at the first step after
         return start + (peak - start) * step / warmup_steps
     progress = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)  # 2. 0 at the peak, 1 at the last step
+    end = min(end, peak)
     return end + (peak - end) * (1 + math.cos(math.pi * min(progress, 1))) / 2
 
 
@@ -70,10 +72,12 @@ def autocast(device: torch.device, amp: str) -> Iterator[None]:
 
 
 def ema_average(decay: float):
-    """avg_fn for torch's AveragedModel: an exponential moving average whose early steps forget faster."""
+    """multi_avg_fn for torch's AveragedModel: an exponential moving average whose early steps forget faster."""
 
-    def average(ema: Tensor, value: Tensor, updates: Tensor) -> Tensor:
-        return ema.lerp(value, 1 - torch.clamp((1 + updates) / (10 + updates), max=decay))
+    def average(ema: list[Tensor], values: list[Tensor], updates: Tensor):
+        keep = torch.clamp((1 + updates) / (10 + updates), max=decay)
+        torch._foreach_mul_(ema, keep)
+        torch._foreach_add_(ema, torch._foreach_mul(values, 1 - keep))
 
     return average
 
@@ -117,7 +121,9 @@ class Interruption:
 
     def _note(self, number: int, _):
         self.heard = number
-        if world_size() == 1:  # under torchrun a Ctrl-C comes twice, by itself and from torchrun
+        if local_rank() == 0:
+            print("\nstopping after this step", file=sys.stderr, flush=True)
+        if world_size() == 1:  # torchrun may pass on what has come already
             signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
 
@@ -137,4 +143,4 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device:
         sums += torch.stack([torch.full_like(loss, len(labels)), loss, ranked[:, 0].sum(), ranked.sum()])
     count, loss, first, among_five = total(sums).tolist()
     metrics = {"test_loss": loss / count, "test_accuracy": 100 * first / count}
-    return metrics | {"test_accuracy_top5": 100 * among_five / count}
+    return metrics | ({"test_accuracy_top5": 100 * among_five / count} if logits.shape[1] > 5 else {})

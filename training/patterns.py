@@ -29,7 +29,7 @@ def patterns(count: int, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     stripes = torch.stack([(y + 0 * x) // 2 % 2, (0 * y + x) // 2 % 2, (x + y) // 2 % 2, (y // 2 + x // 2) % 2])
     stripes = torch.cat([stripes, torch.ones_like(stripes[:1])])  # the last, all ones, is the cue
 
-    # cells of a 3 x 3 grid; squares lie on whole patches of 4 pixels: elsewhere the task takes a nano model hours
+    # cells of a 3 x 3 grid; squares lie on whole patches, or a nano model needs far longer
     cells, textures, colours = shuffled(9)[:, :4], shuffled(4)[:, :3], shuffled(3)
     answer = draw(3, count, 1)  # which of the three textures the cue asks for
     textures_of = torch.cat([textures, torch.full_like(answer, 4)], dim=1)

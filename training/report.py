@@ -26,7 +26,7 @@ def end_epoch(run: Path, parts: dict, config, metrics: dict, classes: list[str],
     state = {"epoch": epoch + 1, "index": 0, "loss_sum": 0.0, "best": max(best, accuracy)}
     if distributed.rank() > 0:
         return state["best"]
-    heads = head_statistics(model, probe)
+    heads = head_statistics(model, probe, batch_size=16)  # all maps of a batch are in memory at once
     metrics = metrics | {"heads": {name: checkpoint.nested_list(value) for name, value in heads._asdict().items()}}
     if accuracy > best:
         checkpoint.save_weights(model, classes, epoch, run / "best.pt")
