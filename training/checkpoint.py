@@ -69,9 +69,10 @@ def begin(run: Path, parts: dict, config: RunConfig, device: torch.device) -> di
         state = resume(run, parts, config, device)
     if distributed.rank() == 0:
         lock(run)
+        entry = provenance(device) | {"job": distributed.job()}
         metrics = [line for line in read_metrics(run) if line["epoch"] < state["epoch"]] if resumed else []
         write(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
-        write(run / "provenance.json", json.dumps([*history, provenance(device)], indent=2) + "\n")
+        write(run / "provenance.json", json.dumps([*history, entry], indent=2) + "\n")
         write(run / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     distributed.wait()
     return state
@@ -153,7 +154,6 @@ def provenance(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "job": distributed.job(),
     }
 
 
