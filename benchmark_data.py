@@ -21,8 +21,8 @@ from torchvision.transforms import v2
 from convit_min import create_model, normalise
 from training.augment import erase, flip, shift
 from training.checkpoint import provenance
-from training.data import list_pictures
-from training.files import PictureFiles, decode_part, random_resized_crop, to_tensor
+from training.data import list_pictures, to_tensor
+from training.files import PictureFiles, decode_part, random_resized_crop
 
 SIZE = 224
 

@@ -1,4 +1,4 @@
-"""Pictures as files: opened the same way for training and for the page."""
+"""Pictures as files: opened alike for training and for the page (but for JPEGs in train_imagenet.py, for speed)."""
 
 from pathlib import Path
 

@@ -65,7 +65,7 @@ def train(config: Config):
     try:
         device = distributed.start(config.device)
         if config.dataset == "patterns":
-            train_set, test_set, classes = generated(config.dataset, 32)
+            train_set, test_set, classes = generated()
         else:
             size = config.img_size or MODELS[config.model].img_size
             train_set, test_set, classes = open_tree(Path(config.data_dir), size, config.rand_augment)

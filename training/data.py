@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
@@ -135,15 +136,19 @@ def list_pictures(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
+def flatten(tree: dict[str, list[Path]], classes: list[str]) -> tuple[list[Path], Tensor]:
+    """The files of a tree, class after class, and the number of its class for each; a class may have none."""
+    files = [file for name in classes for file in tree.get(name, [])]
+    return files, torch.tensor([label for label, name in enumerate(classes) for _ in tree.get(name, [])])
+
+
 def decode(classes: dict[str, list[Path]], img_size: int, workers: int, name: str) -> Pictures:
     """Read all pictures, in parallel, into one uint8 tensor."""
-    files = [file for files in classes.values() for file in files]
-    labels = [label for label, files in enumerate(classes.values()) for _ in files]
+    files, labels = flatten(classes, list(classes))
     images = torch.empty(len(files), 3, img_size, img_size, dtype=torch.uint8)
 
     def read(index: int):
-        pixels = np.array(middle(open_picture(files[index]), img_size, img_size))
-        images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
+        images[index] = to_tensor(middle(open_picture(files[index]), img_size, img_size))
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:  # Pillow decodes outside Python's lock
         try:
@@ -152,7 +157,12 @@ def decode(classes: dict[str, list[Path]], img_size: int, workers: int, name: st
         except ValueError:
             pool.shutdown(cancel_futures=True)
             raise
-    return Pictures(images, torch.tensor(labels), list(classes))
+    return Pictures(images, labels, list(classes))
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """Pixels as uint8, 3 H W."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def subset(labels: Tensor, fraction: float, seed: int) -> Tensor:

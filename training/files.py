@@ -17,9 +17,10 @@ from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
 from pictures import open_picture
-from training.data import epoch_order, list_tree, load_pictures, share_of_steps
+from training.data import epoch_order, flatten, list_tree, load_pictures, share_of_steps, to_tensor
 from training.distributed import rank, world_size
 from training.loop import stream
+from training.patterns import SIZE as PATTERN_SIZE
 
 EVAL_CROP = 0.875  # of the shorter side: 224 of 256, as usual for ImageNet
 
@@ -94,11 +95,6 @@ def evaluation_crop(file: Path, size: int) -> Image.Image:
     return center_crop(part, [size, size])
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """Pixels as uint8, 3 H W."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
 class Generated(TensorDataset):
     """Images that are in memory already, behind the interface of PictureFiles."""
 
@@ -119,17 +115,12 @@ def open_tree(root: Path, size: int, magnitude: int) -> tuple[PictureFiles, Pict
         )
     train, val = list_tree(root, held_out=("val", "test"))
     classes = list(train)
-
-    def flat(tree: dict[str, list[Path]]) -> tuple[list[Path], Tensor]:
-        files = [file for name in classes for file in tree.get(name, [])]
-        return files, torch.tensor([label for label, name in enumerate(classes) for _ in tree.get(name, [])])
-
-    return PictureFiles(*flat(train), size, magnitude), PictureFiles(*flat(val), size), classes
+    return PictureFiles(*flatten(train, classes), size, magnitude), PictureFiles(*flatten(val, classes), size), classes
 
 
-def generated(dataset: str, size: int) -> tuple[Generated, Generated, list[str]]:
-    """What open_tree gives, of a generated data set."""
-    train, test = load_pictures(dataset, "", size, torch.device("cpu"))
+def generated() -> tuple[Generated, Generated, list[str]]:
+    """What open_tree gives, of the generated patterns."""
+    train, test = load_pictures("patterns", "", PATTERN_SIZE, torch.device("cpu"))
     return Generated(train.images, train.labels), Generated(test.images, test.labels), train.classes
 
 
