@@ -299,6 +299,13 @@ def test_a_picture_that_does_not_decode_is_named(photographs, tmp_path):
     assert status == 0 and f"{bad} cannot be read as a picture; the next one took its place" in output
 
 
+def test_patterns_are_a_first_try_of_train_imagenet(tmp_path):
+    flags = [*SMALL, "--dataset", "patterns", "--data-fraction", "0.002", "--workers", "0", "--run", tmp_path / "run"]
+    status, output = Script(tmp_path / "log", *flags, name="train_imagenet").wait()
+    assert status == 0, output
+    assert [line["epoch"] for line in read_metrics(tmp_path / "run")] == [0, 1]
+
+
 def test_missing_and_odd_folders_get_one_sentence(photographs, tmp_path):
     def complaint(*flags) -> str:
         log = tmp_path / f"log{len(list(tmp_path.iterdir()))}"

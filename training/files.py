@@ -98,6 +98,10 @@ def evaluation_crop(file: Path, size: int) -> Image.Image:
 class Generated(TensorDataset):
     """Images that are in memory already, behind the interface of PictureFiles."""
 
+    @property
+    def labels(self) -> Tensor:
+        return self.tensors[1]
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
         image, label = super().__getitem__(key[0])
         return image, int(label), key[0]
