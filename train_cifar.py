@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from convit_min import MODELS, normalise
 from training import checkpoint, distributed
 from training.augment import erase, flip, mix, shift, soft_targets
-from training.config import RunConfig, build_model
+from training.config import CORES, RunConfig, build_model
 from training.data import DATASETS, epoch_order, guess_dataset, load_pictures, share_of_steps, subset, test_batches
 from training.flags import at_least, flag, parse_flags
 from training.loop import (
@@ -41,6 +41,8 @@ from training.report import end_epoch, progress_bar
 @dataclass
 class Config(RunConfig):
     dataset: str | None = flag(None, "by default a folder where --data-dir is one", type=str, choices=DATASETS)
+    data_dir: str = flag("data", "where CIFAR is, or goes; or a folder that holds train/CLASS/* and test/CLASS/*")
+    workers: int = flag(CORES, "threads that read a folder's pictures before training", type=at_least(0))
     model: str = flag("convit_cifar_nano", "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
     img_size: int = flag(32, "side in pixels; other pictures are scaled and cropped to it", type=at_least(1))
     patch_size: int = flag(4, "side of a patch in pixels", type=at_least(1))
@@ -70,8 +72,6 @@ def train(config: Config):
             train_set = train_set.pick(subset(train_set.labels.cpu(), config.data_fraction, config.seed).to(device))
         classes, count = train_set.classes, len(train_set.labels)
         config.check(count)
-        if config.eval and not config.weights:
-            config.weights = str(run / "best.pt")
         torch.manual_seed(config.seed)
         model = build_model(config, len(classes)).to(device)
         if config.eval:
@@ -83,12 +83,14 @@ def train(config: Config):
         optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-        state = checkpoint.begin(run, parts, config, device)
+        state = checkpoint.begin(run, parts, config, device, count)
     except (ValueError, OSError) as error:
         distributed.leave(str(error))
 
     distributed.say(f"{config.dataset} in {config.data_dir}: {count} training and {len(test_set.labels)} test pictures "
                     f"of {len(classes)} classes; {config.model}, {device}")  # fmt: skip
+    if state["epoch"] > epochs:
+        return distributed.say(f"{run} has done its {epochs} epochs already; a larger --epochs goes on")
     parallel = DistributedDataParallel(model) if distributed.world_size() > 1 else model
     forward = torch.compile(parallel) if config.compile else parallel
     steps_per_epoch = count // config.batch_size
@@ -100,8 +102,8 @@ def train(config: Config):
         metrics = {"epoch": epoch}
         if epoch > 0:  # epoch 0 only looks at the model before training
             model.train()
-            first, started = state.pop("index", 0), time.perf_counter()
-            loss_sum = torch.tensor(state.pop("loss_sum", 0.0), device=device)
+            first, started = state["index"], time.perf_counter()
+            loss_sum = torch.tensor(state["loss_sum"], device=device)
             order = epoch_order(count, config.seed, epoch).to(device)
             progress = progress_bar(epoch, first * config.batch_size, steps_per_epoch * config.batch_size)
             for index, chosen in enumerate(share_of_steps(order, config.batch_size, first), first + 1):
@@ -114,7 +116,9 @@ def train(config: Config):
                 targets = soft_targets(train_set.labels[chosen], len(classes), config.label_smoothing)
                 if epoch <= epochs - config.plain_epochs:
                     images, targets = mix(images, targets, config.mixup, config.cutmix)
-                for part, wanted in zip(images.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True):
+                parts_of_batch = zip(images.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True)
+                for number, (part, wanted) in enumerate(parts_of_batch, 1):
+                    parallel.require_backward_grad_sync = number == config.accumulate  # DDP shares gradients once
                     with autocast(device, config.amp):
                         loss = F.cross_entropy(forward(part), wanted) / config.accumulate
                     scaler.scale(loss).backward()
@@ -133,9 +137,9 @@ def train(config: Config):
                     total_loss = distributed.mean(loss_sum).item()
                     checkpoint.require_finite(total_loss, run, step, rate)
                     progress.set_postfix(loss=f"{total_loss / index:.3f}")
-                if (wish or index == steps_per_epoch) and distributed.rank() == 0:  # at the end, before evaluation
-                    where = {"epoch": epoch, "index": index, "loss_sum": total_loss, "best": state["best"]}
-                    checkpoint.save_last(run, parts, config, where)
+                if wish or index == steps_per_epoch:  # at the end, before evaluation
+                    state |= {"epoch": epoch, "index": index, "loss_sum": total_loss}
+                    checkpoint.save_last(run, parts, config, state)
                 if wish == Interruption.STOP:
                     reason = f"stopped and saved after step {step}; the same command with --resume goes on"
                     distributed.leave(reason, interruption.status)
@@ -145,7 +149,7 @@ def train(config: Config):
             metrics |= {"train_loss": mean_loss, "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed}
 
         metrics |= evaluate(ema.module, test_batches(test_set, config.batch_size), device, config.amp)
-        state["best"] = end_epoch(run, parts, config, metrics, classes, probe, state["best"])
+        end_epoch(run, parts, config, metrics, classes, probe, state)
 
 
 def main():

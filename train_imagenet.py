@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from convit_min import MODELS, normalise
 from training import checkpoint, distributed
 from training.augment import colour_jitter, erase, flip, mix, soft_targets
-from training.config import RunConfig, build_model
+from training.config import CORES, RunConfig, build_model
 from training.data import subset
 from training.files import evaluation_batches, generated, load, open_tree, training_batches
 from training.flags import at_least, flag, parse_flags
@@ -42,6 +42,8 @@ from training.report import end_epoch, progress_bar
 @dataclass
 class Config(RunConfig):
     dataset: str = flag("imagenet", "folder is any other tree of pictures", choices=["imagenet", "folder", "patterns"])
+    data_dir: str = flag("data", "the folder that holds train/CLASS/* and val/CLASS/*; to evaluate, val/ will do")
+    workers: int = flag(CORES, "processes that read pictures ahead, for each that trains", type=at_least(0))
     run: str = flag("runs/imagenet", "the folder to write; under torchrun one that all machines see")
     skip_bad_images: bool = flag(False, "name files that cannot be read, and go on without them")
 
@@ -64,19 +66,18 @@ def train(config: Config):
     run, epochs = Path(config.run), config.total_epochs()
     try:
         device = distributed.start(config.device)
+        size = config.img_size or MODELS[config.model].img_size
         if config.dataset == "patterns":
-            train_set, test_set, classes = generated()
+            train_set, test_set, classes = generated(size)
         else:
-            size = config.img_size or MODELS[config.model].img_size
-            train_set, test_set, classes = open_tree(Path(config.data_dir), size, config.rand_augment)
+            data = Path(config.data_dir)
+            train_set, test_set, classes = open_tree(data, size, config.rand_augment, config.eval)
         chosen = subset(train_set.labels, config.data_fraction, config.seed)
         count = len(chosen)
         config.check(count)
         own_batch = config.batch_size // distributed.world_size()
         test_batches = evaluation_batches(len(test_set), own_batch)
         peak = config.lr * config.batch_size / 512
-        if config.eval and not config.weights:
-            config.weights = str(run / "best.pt")
         torch.manual_seed(config.seed)
         model = build_model(config, len(classes)).to(device)
         if config.eval:
@@ -88,12 +89,14 @@ def train(config: Config):
         optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-        state = checkpoint.begin(run, parts, config, device)
+        state = checkpoint.begin(run, parts, config, device, count)
     except (ValueError, OSError) as error:
         distributed.leave(str(error))
 
     distributed.say(f"{config.dataset} in {config.data_dir}: {count} training and {len(test_set)} validation pictures "
                     f"of {len(classes)} classes; {config.model}, {device}")  # fmt: skip
+    if state["epoch"] > epochs:
+        return distributed.say(f"{run} has done its {epochs} epochs already; a larger --epochs goes on")
     parallel = DistributedDataParallel(model) if distributed.world_size() > 1 else model
     forward = torch.compile(parallel) if config.compile else parallel
     steps_per_epoch = count // config.batch_size
@@ -106,8 +109,8 @@ def train(config: Config):
         metrics = {"epoch": epoch}
         if epoch > 0:  # epoch 0 only looks at the model before training
             model.train()
-            first, started = state.pop("index", 0), time.perf_counter()
-            loss_sum = torch.tensor(state.pop("loss_sum", 0.0), device=device)
+            first, started = state["index"], time.perf_counter()
+            loss_sum = torch.tensor(state["loss_sum"], device=device)
             keys = training_batches(chosen, config.batch_size, config.seed, epoch, first, config.repeats)
             batches = load(train_set, keys, config.workers, device, config.skip_bad_images)
             progress = progress_bar(epoch, first * config.batch_size, steps_per_epoch * config.batch_size)
@@ -121,7 +124,9 @@ def train(config: Config):
                 targets = soft_targets(labels, len(classes), config.label_smoothing)
                 if epoch <= epochs - config.plain_epochs:
                     images, targets = mix(images, targets, config.mixup, config.cutmix)
-                for part, wanted in zip(images.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True):
+                parts_of_batch = zip(images.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True)
+                for number, (part, wanted) in enumerate(parts_of_batch, 1):
+                    parallel.require_backward_grad_sync = number == config.accumulate  # DDP shares gradients once
                     with autocast(device, config.amp):
                         loss = F.cross_entropy(forward(part), wanted) / config.accumulate
                     scaler.scale(loss).backward()
@@ -140,9 +145,9 @@ def train(config: Config):
                     total_loss = distributed.mean(loss_sum).item()
                     checkpoint.require_finite(total_loss, run, step, rate)
                     progress.set_postfix(loss=f"{total_loss / index:.3f}")
-                if (wish or index == steps_per_epoch) and distributed.rank() == 0:  # at the end, before evaluation
-                    where = {"epoch": epoch, "index": index, "loss_sum": total_loss, "best": state["best"]}
-                    checkpoint.save_last(run, parts, config, where)
+                if wish or index == steps_per_epoch:  # at the end, before evaluation
+                    state |= {"epoch": epoch, "index": index, "loss_sum": total_loss}
+                    checkpoint.save_last(run, parts, config, state)
                 if wish == Interruption.STOP:
                     reason = f"stopped and saved after step {step}; the same command with --resume goes on"
                     distributed.leave(reason, interruption.status)
@@ -153,7 +158,7 @@ def train(config: Config):
 
         pictures = load(test_set, test_batches, config.workers, device)
         metrics |= evaluate(ema.module, pictures, device, config.amp)
-        state["best"] = end_epoch(run, parts, config, metrics, classes, probe, state["best"])
+        end_epoch(run, parts, config, metrics, classes, probe, state)
 
 
 def main():

@@ -149,6 +149,17 @@ def test_a_signal_loses_not_one_step(tree, straight, tmp_path, number):
     assert_same_run(straight, run)
 
 
+def test_a_finished_run_says_so_and_other_pictures_are_refused(tree, straight, tmp_path):
+    before = (straight / "last.pt").read_bytes()
+    status, output = Script(tmp_path / "log1", "--run", straight, "--resume").wait()
+    assert status == 0 and "has done its 6 epochs already" in output
+    grown = shutil.copytree(tree, tmp_path / "grown")
+    shutil.copy(grown / "train/red/0.png", grown / "train/red/new.png")
+    status, output = Script(tmp_path / "log2", "--run", straight, "--resume", "--data-dir", grown).wait()
+    assert status == 1 and "31 training pictures where" in output and "began with 30" in output
+    assert (straight / "last.pt").read_bytes() == before
+
+
 def test_a_full_disk_costs_nothing_that_was_saved(tree, straight, tmp_path):
     before = (straight / "last.pt").read_bytes()
     flags = ["--run", straight, "--resume", "--epochs", "7"]
@@ -226,7 +237,7 @@ def torchrun(tmp_path: Path, *flags, restarts: int = 0) -> subprocess.Popen:
 
 def test_two_processes_train_as_one(tree, tmp_path):
     plain = ["--data-dir", tree, "--no-flip", "--shift", "0", "--epochs", "7", "--batch-size", "8", "--device", "cpu"]
-    pair = torchrun(tmp_path, *plain, "--run", tmp_path / "two")
+    pair = torchrun(tmp_path, *plain, "--accumulate", "2", "--run", tmp_path / "two")
     status, output = Script(tmp_path / "log", *plain, "--run", tmp_path / "one").wait()
     assert status == 0, output
     assert pair.wait(180) == 0, (tmp_path / "torchrun.log").read_text()
@@ -301,9 +312,19 @@ def test_a_picture_that_does_not_decode_is_named(photographs, tmp_path):
 
 def test_patterns_are_a_first_try_of_train_imagenet(tmp_path):
     flags = [*SMALL, "--dataset", "patterns", "--data-fraction", "0.002", "--workers", "0", "--run", tmp_path / "run"]
-    status, output = Script(tmp_path / "log", *flags, name="train_imagenet").wait()
+    status, output = Script(tmp_path / "log", *flags, "--img-size", "48", name="train_imagenet").wait()
     assert status == 0, output
     assert [line["epoch"] for line in read_metrics(tmp_path / "run")] == [0, 1]
+    weights = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert weights["model_config"]["img_size"] == 48 and weights["model"]["pos_embed"].shape[1] == 144
+
+
+def test_validation_pictures_are_enough_to_evaluate(tree, straight, photographs, tmp_path):
+    shutil.rmtree(photographs / "train")
+    flags = ["--data-dir", photographs, *SMALL, "--eval", "--weights", straight / "best.pt", "--run", tmp_path / "run"]
+    status, output = Script(tmp_path / "log", *flags, name="train_imagenet").wait()
+    assert status == 0 and "test_accuracy" in output, output
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_and_odd_folders_get_one_sentence(photographs, tmp_path):

@@ -50,8 +50,10 @@ def save_weights(model: ConViT, classes: list[str], epoch: int, file: Path, half
     save({"model": state, "model_config": config, "classes": classes, "epoch": epoch}, file)
 
 
-def begin(run: Path, parts: dict, config: RunConfig, device: torch.device) -> dict:
-    """Start a run or go on with it; return where it stands: the next epoch, the steps done in it, loss so far, best.
+def begin(run: Path, parts: dict, config: RunConfig, device: torch.device, count: int) -> dict:
+    """Start a run on `count` pictures or go on with it; return where it stands.
+
+    That is the epoch, the steps done in it (index), their summed loss, the best accuracy so far, and the count.
 
     A run that the same torchrun has begun is gone on with unasked: a process had died. The folder is locked until the
     process ends. Raises ValueError or OSError where a run can be neither begun nor resumed.
@@ -64,9 +66,14 @@ def begin(run: Path, parts: dict, config: RunConfig, device: torch.device) -> di
         if not resumed:
             raise ValueError(f"{run} holds a run already: add --resume to go on with it, or choose another --run")
     resumed = bool(distributed.largest(resumed))  # as the first process has found
-    state = {"epoch": 0, "index": 0, "loss_sum": 0.0, "best": -1.0}
+    state = {"epoch": 0, "index": 0, "loss_sum": 0.0, "best": -1.0, "count": count}
     if resumed:
         state = resume(run, parts, config, device)
+        if state["count"] != count:
+            pictures = f"{count} training pictures where {run} began with {state['count']}"
+            raise ValueError(
+                f"there are {pictures}: put them back, or choose another --run with --weights {run}/best.pt"
+            )
     if distributed.rank() == 0:
         lock(run)
         entry = provenance(device) | {"job": distributed.job()}
@@ -96,10 +103,12 @@ def write(file: Path, text: str):
 
 
 def save_last(run: Path, parts: dict, config: RunConfig, state: dict):
-    """Write last.pt: the state of every part (model, optimizer ...), the flags, and where the run stands.
+    """Write last.pt, once for all processes: every part (model, optimizer ...), the flags, and where the run stands.
 
     Random numbers are no part of it: every draw follows from the seed, the step and the process.
     """
+    if distributed.rank() > 0:
+        return
     record = {name: part.state_dict() for name, part in parts.items()}
     save(record | {"config": dataclasses.asdict(config), "state": state}, run / "last.pt")
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 
 from convit_min import MODELS, ConViT, ConViTConfig, create_model, freeze_gpsa, load_weights
-from training.distributed import world_size
+from training.distributed import say, world_size
 from training.flags import at_least, flag, fraction
 
 
@@ -21,11 +21,13 @@ def interval(text: str) -> str:
     return text
 
 
+CORES = min(os.cpu_count() or 1, 8)
+
+
 @dataclass
 class RunConfig:
     """Flags of both scripts; each adds its data sets and its recipe."""
 
-    data_dir: str = flag("data", "where the pictures are, or go; a folder that holds train/CLASS/* is used as it is")
     data_fraction: float = flag(1.0, "train on this share of every class, drawn by --seed", type=fraction)
     scale_epochs: bool = flag(False, "1 / --data-fraction times the epochs: as many steps as with all data (Table 2)")
 
@@ -41,6 +43,7 @@ class RunConfig:
     freeze_gpsa: bool = flag(False, "do not train the attention of GPSA at all: qk, v, position and gates")
     drop_path: float = flag(0.0, "stochastic depth of the last block")
 
+    warmup_epochs: float = flag(5.0, "linear warm-up")
     epochs: int = flag(300, "passes over the training set", type=at_least(1))
     batch_size: int = flag(512, "pictures a step, over all processes", type=at_least(1))
     accumulate: int = flag(1, "parts that a batch is computed in, where it does not fit in memory", type=at_least(1))
@@ -48,7 +51,6 @@ class RunConfig:
     flip: bool = flag(True, "mirror half of the pictures; not for digits or letters")
     plain_epochs: int = flag(0, "how many epochs at the end go without mixup and cutmix", type=at_least(0))
 
-    workers: int = flag(min(os.cpu_count() or 1, 8), "how many pictures are decoded at a time", type=at_least(0))
     seed: int = flag(0, "of the initial weights, the order and the augmentation")
     amp: str = flag(
         "off", "mixed precision; alone means bf16", nargs="?", const="bf16", choices=["off", "bf16", "fp16"]
@@ -63,6 +65,10 @@ class RunConfig:
     resume: bool = flag(False, "go on with the run in --run where it was last saved")
     eval: bool = flag(False, "only evaluate: --weights, or else the best of --run")
 
+    def __post_init__(self):
+        if self.eval and not self.weights:
+            self.weights = f"{self.run}/best.pt"
+
     def check(self, count: int):
         """Raise ValueError where `count` training pictures cannot be shared out as asked, or a package is missing."""
         if self.tensorboard and not find_spec("tensorboard"):
@@ -76,6 +82,8 @@ class RunConfig:
             )
         if count < self.batch_size and not self.eval:
             raise ValueError(f"{count} training pictures are fewer than --batch-size {self.batch_size}: lower it")
+        if self.warmup_epochs >= self.total_epochs() and not self.eval:
+            say(f"note: the {self.warmup_epochs:g} epochs of --warmup-epochs last the whole run")
 
     def total_epochs(self) -> int:
         """The epochs of the whole run."""

@@ -47,7 +47,7 @@ def load_pictures(
     if dataset == "folder":
         train, test = load_folder(Path(data_dir), img_size, workers)
     elif dataset == "patterns":
-        train, test = (Pictures(*patterns(n, name), TEXTURES) for n, name in ((20_000, "train"), (2_000, "test")))
+        train, test = (generate(count, split, img_size) for count, split in ((20_000, "train"), (2_000, "test")))
     else:
         train, test = load_cifar(dataset, data_dir, img_size)
     return train.to(device), test.to(device)
@@ -79,12 +79,24 @@ def load_cifar(dataset: str, data_dir: str, img_size: int = 32) -> tuple[Picture
                 "or train on your own pictures with --data-dir DIR (DIR/train/CLASS/*, DIR/test/CLASS/*)"
             ) from error
         images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-        if img_size != 32:
-            images = torch.cat([v2.functional.resize(part, [img_size, img_size]) for part in images.split(1000)])
-        sets.append(Pictures(images, torch.tensor(cifar.targets), cifar.classes))
+        sets.append(Pictures(scale(images, img_size), torch.tensor(cifar.targets), cifar.classes))
     if local_rank() == 0:
         wait()
     return sets[0], sets[1]
+
+
+def generate(count: int, split: str, img_size: int) -> Pictures:
+    """The generated patterns of a split."""
+    images, labels = patterns(count, split)
+    return Pictures(scale(images, img_size), labels, TEXTURES)
+
+
+def scale(images: Tensor, size: int) -> Tensor:
+    """Square pictures (... 3 H H) as pictures of size x size."""
+    if images.shape[-1] == size:
+        return images
+    parts = images.split(1000)  # the arithmetic takes four bytes where a pixel takes one
+    return torch.cat([v2.functional.resize(part, [size, size]) for part in parts])
 
 
 def load_folder(root: Path, img_size: int, workers: int = 1) -> tuple[Pictures, Pictures]:

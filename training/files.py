@@ -11,13 +11,23 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, RandAugment, RandomResizedCrop
 from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
 from pictures import open_picture
-from training.data import epoch_order, flatten, list_tree, load_pictures, share_of_steps, to_tensor
+from training.data import (
+    Pictures,
+    epoch_order,
+    flatten,
+    list_pictures,
+    list_tree,
+    load_pictures,
+    scale,
+    share_of_steps,
+    to_tensor,
+)
 from training.distributed import rank, world_size
 from training.loop import stream
 from training.patterns import SIZE as PATTERN_SIZE
@@ -95,37 +105,44 @@ def evaluation_crop(file: Path, size: int) -> Image.Image:
     return center_crop(part, [size, size])
 
 
-class Generated(TensorDataset):
-    """Images that are in memory already, behind the interface of PictureFiles."""
+class Generated(Dataset):
+    """Pictures that are in memory already, behind the interface of PictureFiles."""
 
-    @property
-    def labels(self) -> Tensor:
-        return self.tensors[1]
+    def __init__(self, pictures: Pictures, size: int):
+        self.images, self.labels, self.size = pictures.images, pictures.labels, size
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
-        image, label = super().__getitem__(key[0])
-        return image, int(label), key[0]
+        return scale(self.images[key[0]], self.size), int(self.labels[key[0]]), key[0]
 
 
-def open_tree(root: Path, size: int, magnitude: int) -> tuple[PictureFiles, PictureFiles, list[str]]:
+def open_tree(
+    root: Path, size: int, magnitude: int, evaluating: bool = False
+) -> tuple[PictureFiles, PictureFiles, list[str]]:
     """The training and the validation pictures of a tree train/CLASS/*, val/CLASS/*, and the names of the classes.
 
+    To evaluate, val/ is enough; it then stands for both.
     Raises ValueError or FileNotFoundError, saying what to do, where the tree is not one.
     """
-    if not (root / "train").is_dir():
+    if evaluating and not (root / "train").is_dir() and (root / "val").is_dir():
+        train = val = list_pictures(root / "val")
+    elif not (root / "train").is_dir():
         raise FileNotFoundError(
             f"{root} must hold ImageNet as train/WNID/*.JPEG and val/WNID/*.JPEG (or your pictures as train/CLASS/*, "
             "val/CLASS/*); to try without, --dataset patterns, or train_cifar.py, which downloads CIFAR-10"
         )
-    train, val = list_tree(root, held_out=("val", "test"))
+    else:
+        train, val = list_tree(root, held_out=("val", "test"))
     classes = list(train)
     return PictureFiles(*flatten(train, classes), size, magnitude), PictureFiles(*flatten(val, classes), size), classes
 
 
-def generated() -> tuple[Generated, Generated, list[str]]:
+def generated(size: int) -> tuple[Generated, Generated, list[str]]:
     """What open_tree gives, of the generated patterns."""
     train, test = load_pictures("patterns", "", PATTERN_SIZE, torch.device("cpu"))
-    return Generated(train.images, train.labels), Generated(test.images, test.labels), train.classes
+    return Generated(train, size), Generated(test, size), train.classes
 
 
 def training_batches(indices: Tensor, batch_size: int, seed: int, epoch: int, first: int, repeats: int) -> list:

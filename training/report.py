@@ -17,15 +17,15 @@ def progress_bar(epoch: int, done: int, total: int) -> tqdm:
     return tqdm(initial=done, total=total, desc=f"epoch {epoch}", unit="img", leave=False, disable=hidden)
 
 
-def end_epoch(run: Path, parts: dict, config, metrics: dict, classes: list[str], probe: Tensor, best: float) -> float:
-    """Write all files of a run for the epoch in `metrics`; return the best test accuracy so far.
+def end_epoch(run: Path, parts: dict, config, metrics: dict, classes: list[str], probe: Tensor, state: dict):
+    """Write all files of a run for the epoch in `metrics`, and move `state`, where the run stands, to the next.
 
     `probe` are normalised pictures (b 3 H W) to watch the heads on. Raises OSError where there is no room.
     """
-    epoch, model, accuracy = metrics["epoch"], parts["ema"].module, metrics["test_accuracy"]
-    state = {"epoch": epoch + 1, "index": 0, "loss_sum": 0.0, "best": max(best, accuracy)}
+    epoch, model, accuracy, best = metrics["epoch"], parts["ema"].module, metrics["test_accuracy"], state["best"]
+    state |= {"epoch": epoch + 1, "index": 0, "loss_sum": 0.0, "best": max(best, accuracy)}
     if distributed.rank() > 0:
-        return state["best"]
+        return
     heads = head_statistics(model, probe, batch_size=16)  # all maps of a batch are in memory at once
     metrics = metrics | {"heads": {name: checkpoint.nested_list(value) for name, value in heads._asdict().items()}}
     if accuracy > best:
@@ -40,7 +40,6 @@ def end_epoch(run: Path, parts: dict, config, metrics: dict, classes: list[str],
     gate = "" if heads.gate.isnan().all() else f"  mean gate {heads.gate.nanmean():.2f}"
     print(f"epoch {epoch:3}  test accuracy {accuracy:.2f}% (best {state['best']:.2f}%)  "
           f"loss {metrics['test_loss']:.3f}{gate}", flush=True)  # fmt: skip
-    return state["best"]
 
 
 def write_events(run: Path, metrics: dict, heads):
