@@ -1,14 +1,21 @@
 """Watch the heads of a ConViT leave position for content, in the browser.
 
-    python app.py                        opens the run that ships in demo/, on http://127.0.0.1:7860
-    python app.py --run runs/cifar       a run of your own
+    python app.py                              opens the run that ships in demo/, on http://127.0.0.1:7860
+    python app.py --run runs/cifar             a run of your own, also one that is still training
+    python app.py --run runs/a --compare runs/b runs/c      with others' curves beside it
+    python app.py --weights convit_tiny        released weights, or a file of weights
 
-Layout and callbacks only: viewer/ computes what is shown (probe.py) and draws it (panel.*).
+Layout and callbacks only: viewer/ computes what is shown (probe.py), trains what a visitor asks for (trainer.py), draws
+pictures to keep (figures.py) and holds the page itself (panel/).
 """
 
 import argparse
-import json
+import atexit
+import base64
+import functools
+import io
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -18,76 +25,161 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import:
 import gradio as gr
 import torch
 from gradio.media import get_image
+from PIL import Image
+from starlette.middleware import Middleware
 
-from viewer.probe import Probe
+from pictures import middle, open_picture
+from training.patterns import patterns
+from viewer.figures import animation, view
+from viewer.guard import Guard
+from viewer.probe import Probe, data_url, open_run, open_weights, story
+from viewer.trainer import Trainer
 
 HERE = Path(__file__).parent
-EXAMPLES = ["cheetah1.jpg", "lion.jpg", "bus.png", "tower.jpg"]  # they ship inside Gradio
-INTRODUCTION = """# Watch attention heads leave position for content
-Every head of a ConViT mixes a **position** map, the same for all pictures, with a **content** map, by a learned
-**gate**. It starts as one tap of a convolution. Click a patch, move through training, choose another picture."""
+PANEL = HERE / "viewer" / "panel"
+SCRIPTS = ["maps.js", "charts.js", "heads.js", "story.js", "kernel.js", "main.js"]
+EXAMPLES = {"cheetah": "cheetah1.jpg", "lion": "lion.jpg", "bus": "bus.png", "tower": "tower.jpg"}  # ship inside Gradio
+REFUSED = "The page and its server do not understand each other; please reload the page."
 
 
-def build(run: Path) -> gr.Blocks:
-    """The page for a run folder. Raises FileNotFoundError or ValueError where there is nothing to show."""
-    probe = Probe(run)
-    examples = [get_image(name) for name in EXAMPLES]
+def build(probe: Probe, compare: list[Path] = ()) -> gr.Blocks:
+    """The page for a model, with the curves of other runs beside its own."""
+    others = [story(run) for run in compare]
+    trainer, trained = Trainer(), {}
+    atexit.register(trainer.close)
+
+    def probe_of(asked: dict) -> Probe:
+        """The model that a visitor looks at: the page's own, or the one that they have trained here."""
+        visitor = asked["run"]
+        if not visitor:
+            return probe
+        for gone in [name for name, one in trained.items() if not one.run.exists()]:
+            del trained[gone]
+        if not trainer.run(visitor).exists():
+            raise ValueError("This run is gone, since others have trained after you; please reload the page.")
+        if visitor not in trained:
+            trained[visitor] = open_run(trainer.run(visitor))
+        return trained[visitor]
+
+    def describe(asked: dict) -> dict:
+        chosen = probe_of(asked)
+        chosen.refresh()
+        begin = [{"name": name, "thumb": thumb(file)} for name, file in examples(chosen.run).items()]
+        return chosen.description() | {"others": [] if asked["run"] else others, "examples": begin}
+
+    def choose(asked: dict) -> dict:
+        chosen = probe_of(asked)
+        if "example" in asked:
+            return chosen.picture(examples(chosen.run)[asked["example"]])
+        return chosen.picture(base64.b64decode(asked["file"], validate=True))
 
     def read_layer(asked: dict) -> dict:
-        return probe.read_layer(asked["pixels"], asked["layer"])
+        return probe_of(asked).read_layer(asked["pixels"], asked["layer"])
 
-    def show(file: str | None):
-        if file is None:
-            return gr.skip(), gr.skip()
+    def what_if(asked: dict) -> dict:
+        return probe_of(asked).what_if(asked["pixels"], asked["layer"], asked["checkpoint"], asked["gates"])
+
+    def export(asked: dict) -> dict:
+        chosen, layer, query = probe_of(asked), asked["layer"], asked["query"]
+        picture = {"display": asked["display"], "pixels": asked["pixels"]}
+        if asked["moving"]:
+            return {"file": data_url(animation(chosen, picture, layer, query), "image/gif")}
+        return {"file": data_url(view(chosen, picture, layer, asked["checkpoint"], query, asked["gates"]), "image/png")}
+
+    def train(asked: dict) -> dict:
+        if asked["wish"] == "start":
+            trained.pop(asked["visitor"], None)  # an earlier run of theirs
+        return trainer.ask(asked["visitor"], asked["wish"])
+
+    def heads(picture: str, layer: int, checkpoint: int = -1, row: int = 0, column: int = 0) -> list[dict]:
+        """What every head of a layer (counted from 1) looks at from one patch of a picture (a file in base64)."""
+        checkpoint, query = checkpoint % len(probe.epochs), row * probe.config.grid[1] + column
+        if layer - 1 not in probe.layers:
+            raise gr.Error(f"expected a layer from 1 to {len(probe.layers)}", print_exception=False)
         try:
-            return json.dumps(probe.picture(file)), gr.skip()
+            pixels = probe.picture(base64.b64decode(picture, validate=True))["pixels"]
+            return probe.heads(pixels, probe.layers.index(layer - 1), checkpoint, query)
         except ValueError as problem:
-            gr.Warning(str(problem))
-            return gr.skip(), None  # the refused file leaves the box
+            raise gr.Error(str(problem), print_exception=False) from None
 
     with gr.Blocks(title="ConViT: watch heads escape", fill_width=True) as page:
-        gr.Markdown(INTRODUCTION)
-        panel = gr.HTML(
-            value=json.dumps(probe.picture(examples[0])),
-            html_template=(HERE / "viewer/panel.html").read_text(),
-            css_template=(HERE / "viewer/panel.css").read_text(),
-            js_on_load=(HERE / "viewer/panel.js").read_text(),
-            server_functions=[read_layer],
-            run=probe.description(),
+        gr.HTML(
+            html_template=(PANEL / "panel.html").read_text(),
+            css_template=(PANEL / "panel.css").read_text(),
+            js_on_load="\n".join((PANEL / name).read_text() for name in SCRIPTS),
+            server_functions=[answered(one) for one in (describe, choose, read_layer, what_if, export, train)],
+            apply_default_css=False,
             elem_id="panel",
         )
-        with gr.Row():
-            upload = gr.Image(
-                sources=["upload", "clipboard"], type="filepath", label="Your own picture", height=220, elem_id="upload"
-            )
-            # The file as it is, not what Gradio makes of it: open_picture reads more kinds, and says what is wrong.
-            upload.preprocess = lambda file: file and file.path
-            gr.Examples([[file] for file in examples], upload, label="Or one of these", elem_id="examples")
-        # fmt: off
-        upload.change(show, upload, [panel, upload],
-                      show_progress="hidden", trigger_mode="multiple", api_visibility="private")
-        # fmt: on
+        gr.api(heads, api_name="heads", concurrency_limit=2)
     return page
+
+
+def answered(function):
+    """A server function whose errors are words for the visitor, whatever they may have sent."""
+
+    @functools.wraps(function)
+    def answer(asked: dict) -> dict:
+        try:
+            return function(asked)
+        except (ValueError, FileNotFoundError) as problem:
+            return {"error": str(problem)}
+        except (KeyError, TypeError, IndexError):
+            return {"error": REFUSED}
+
+    return answer
+
+
+@functools.cache
+def examples(run: Path | None) -> dict[str, bytes]:
+    """Pictures to begin with, by name: those that ship inside Gradio, or patterns for a run that has learned these."""
+    if run and '"dataset": "patterns"' in (run / "config.json").read_text():
+        return {f"pattern {index}": png(image) for index, image in enumerate(patterns(4, "test")[0], 1)}
+    return {name: Path(get_image(file)).read_bytes() for name, file in EXAMPLES.items()}
+
+
+def png(pixels: torch.Tensor) -> bytes:
+    """A picture (uint8, 3 H W) as a file."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@functools.lru_cache(maxsize=16)
+def thumb(file: bytes) -> str:
+    """A small version of a picture, as the address of an <img>."""
+    stream = io.BytesIO()
+    middle(open_picture(io.BytesIO(file)), 96, 96).save(stream, "JPEG", quality=85)
+    return data_url(stream.getvalue(), "image/jpeg")
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--run", default=HERE / "demo", type=Path, help="run folder of train_cifar.py (default: demo/)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--run", default=HERE / "demo", type=Path, help="run folder of train_cifar.py (default: demo/)")
+    what.add_argument("--weights", metavar="NAME|FILE", help="released weights by name, or a file of weights, instead")
+    parser.add_argument(
+        "--compare", nargs="+", type=Path, default=[], metavar="RUN", help="runs to show curves of, too"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
     given = parser.parse_args()
     torch.set_num_threads(2)
     try:
-        page = build(given.run)
-    except (FileNotFoundError, ValueError) as problem:
+        page = build(open_weights(given.weights) if given.weights else open_run(given.run), given.compare)
+    except (OSError, ValueError) as problem:
         sys.exit(f"app.py: {problem}")
     try:
         socket.create_server((given.host, given.port or 0)).close()
     except (OSError, OverflowError) as problem:
         sys.exit(f"app.py: cannot listen on --host {given.host} --port {given.port or 'any'}: {problem}")
-    page.launch(server_name=given.host, server_port=given.port, footer_links=[], quiet=True, prevent_thread_lock=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that what visitors train ends, too
+    # fmt: off
+    page.launch(server_name=given.host, server_port=given.port, footer_links=[], quiet=True, run_history=False,
+                share=False, prevent_thread_lock=True, app_kwargs={"middleware": [Middleware(Guard)]})
+    # fmt: on
     print(f"The page is at {page.local_url} (Ctrl-C ends it)", flush=True)
     page.block_thread()
 

@@ -1,12 +1,13 @@
 """Pictures as files: opened alike for training and for the page (but for JPEGs in train_imagenet.py, for speed)."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
 
-def open_picture(file: Path) -> Image.Image:
+def open_picture(file: Path | BinaryIO) -> Image.Image:
     """Any common picture as RGB: upright, transparency on white, 16 bits as 8. Raises ValueError where it is none."""
     try:
         with Image.open(file) as picture:

@@ -1,0 +1,486 @@
+// State, server, address and controls. Gradio runs all these files, one after another, once, with `element`, `server`.
+
+const find = (selector) => element.querySelector(selector);
+const findAll = (selector) => element.querySelectorAll(selector);
+const VISITOR = Array.from({ length: 24 }, () => "abcdefghijklmnopqrstuvwxyz"[Math.floor(26 * Math.random())]).join("");
+const LARGEST = 10 * 2 ** 20; // bytes of a picture; the server checks, too
+
+const state = {
+  tab: "watch", run: "", layer: 0, checkpoint: 0, query: 0, held: false,
+  head: null, // the chosen one; null shows the mean of all on the picture
+  gates: new Map(), // the visitor's: "layer,head" to a number
+  recomputed: null, // what the model made of them: content maps of this layer and classes
+  example: null, // the name of the picture, if it is one of the page's
+};
+let run = null; // what the server told of the model
+let heads = 0;
+let patches = 0;
+let colours = null; // of the maps: 256 times red, green, blue
+let distances = null; // between any two patches
+let cards = [];
+let maps = null; // content maps and classes of the picture in the layer on show, at all checkpoints
+let picture = null;
+let images = {};
+let playing = null;
+
+// --- the server -------------------------------------------------------------------------------------------------------
+
+// The server's answer, or null after telling what is wrong.
+async function ask(name, question = {}) {
+  let answer = null;
+  try {
+    answer = await server[name]({ run: state.run, ...question });
+  } catch { /* told below */ }
+  find(".trouble").textContent = answer ? answer.error ?? "" : "The server does not answer; please try again.";
+  return answer && !answer.error ? answer : null;
+}
+
+// Take over the server's description of a model: at first, for another one, or when new snapshots have come.
+async function readRun() {
+  const answer = await ask("describe");
+  if (!answer) return false;
+  const more = run && run.name === answer.name && run.epochs.length < answer.epochs.length;
+  const atEnd = run && state.checkpoint === run.epochs.length - 1;
+  run = answer;
+  run.content = null;
+  [heads, patches] = [run.kernel[0] * run.kernel[1], run.grid[0] * run.grid[1]];
+  colours = bytes(run.colours);
+  distances = Float64Array.from({ length: patches * patches }, (_, pair) => distance(Math.floor(pair / patches), pair % patches, run.grid[1]));
+  if (more && atEnd) state.checkpoint = run.epochs.length - 1; // keep up with a run that goes on
+  state.layer = Math.min(state.layer, run.layers.length - 1);
+  state.checkpoint = Math.min(state.checkpoint, run.epochs.length - 1);
+  if (state.query >= patches) state.query = middlePatch();
+  if (state.head !== null && state.head >= heads) state.head = null;
+  return true;
+}
+
+const middlePatch = () => Math.floor(run.grid[0] / 2) * run.grid[1] + Math.floor(run.grid[1] / 2);
+
+async function readMaps() {
+  const [asked, layer, of] = [picture, state.layer, state.run];
+  const answer = await ask("read_layer", { pixels: asked.pixels, layer });
+  if (!answer || asked !== picture || layer !== state.layer || of !== state.run) return; // the visitor has gone on
+  maps = { ...answer, content: answer.content.map(bytes) };
+  state.checkpoint = Math.min(state.checkpoint, maps.content.length - 1);
+}
+
+// Show a picture of the page by its name, or a file.
+async function showPicture(name, file = null) {
+  if (file && file.size > LARGEST) {
+    find(".trouble").textContent = "This file is larger than 10 MB; please choose a smaller picture.";
+    return;
+  }
+  const chosen = await ask("choose", file ? { file: await base64(file) } : { example: name });
+  if (!chosen) return;
+  const loaded = {};
+  for (const kind of ["display", "seen"]) {
+    loaded[kind] = new Image();
+    loaded[kind].src = chosen[kind];
+    await loaded[kind].decode();
+  }
+  [picture, images, state.example, state.recomputed] = [chosen, loaded, file ? null : name, null];
+  [find(".picture").width, find(".picture").height] = [images.display.width, images.display.height];
+  for (const button of findAll(".examples button")) button.setAttribute("aria-pressed", button.dataset.example === state.example);
+  await readMaps();
+  paint();
+}
+
+async function base64(file) {
+  const reader = new FileReader();
+  await new Promise((done) => { reader.onloadend = done; reader.readAsDataURL(file); });
+  return reader.result.split(",")[1] ?? "";
+}
+
+async function showLayer(layer) {
+  state.layer = layer;
+  find(".layer").value = layer;
+  state.recomputed = null;
+  await readMaps();
+  paint();
+}
+
+async function showRun(name) {
+  const before = state.run;
+  state.run = name;
+  if (!(await readRun())) {
+    state.run = before;
+    find(".runs").value = before;
+    return;
+  }
+  Object.assign(state, { checkpoint: name ? run.epochs.length - 1 : 0, gates: new Map(), recomputed: null, head: null });
+  buildForRun();
+  await showPicture(run.examples[0].name);
+}
+
+// --- the address: what is on show, so that a view can be shared ---------------------------------------------------------
+
+function readAddress() {
+  const address = new URLSearchParams(location.hash.slice(1));
+  const chosen = (name, choices) => { const index = choices.indexOf(Number(address.get(name))); return address.has(name) && index >= 0 ? index : null; };
+  state.layer = chosen("layer", run.layers.map((layer) => layer + 1)) ?? run.layers.length - 1;
+  state.checkpoint = chosen("epoch", run.epochs) ?? 0;
+  state.head = chosen("head", Array.from({ length: heads }, (_, head) => head + 1));
+  const [row, column] = (address.get("patch") ?? "").split(",").map(Number);
+  const inside = row >= 1 && row <= run.grid[0] && column >= 1 && column <= run.grid[1];
+  state.query = inside ? (Math.round(row) - 1) * run.grid[1] + Math.round(column) - 1 : middlePatch();
+  state.held = inside;
+  if (["watch", "story", "kernel", "help"].includes(address.get("tab"))) state.tab = address.get("tab");
+  const names = run.examples.map((one) => one.name);
+  return names.includes(address.get("picture")) ? address.get("picture") : names[0];
+}
+
+let writing = null;
+function writeAddress() {
+  clearTimeout(writing); // browsers refuse more than some hundred changes of the address in half a minute
+  writing = setTimeout(() => {
+    const address = new URLSearchParams({
+      tab: state.tab, layer: run.layers[state.layer] + 1, epoch: run.epochs[state.checkpoint],
+      patch: `${Math.floor(state.query / run.grid[1]) + 1},${(state.query % run.grid[1]) + 1}`,
+    });
+    if (state.head !== null) address.set("head", state.head + 1);
+    if (state.example) address.set("picture", state.example);
+    if (!state.run) history.replaceState(null, "", `#${address}`.replaceAll("%2C", ","));
+  }, 300);
+}
+
+// --- painting -----------------------------------------------------------------------------------------------------------
+
+function paint() {
+  if (!maps || !images.display) return;
+  find(".epoch").textContent = run.epochs[state.checkpoint];
+  find(".checkpoint").value = state.checkpoint;
+  find(".checkpoint").setAttribute("aria-valuetext", `epoch ${run.epochs[state.checkpoint]}`);
+  const accuracy = run.story?.test_accuracy[run.story.epochs.indexOf(run.epochs[state.checkpoint])];
+  find(".accuracy").textContent = accuracy === undefined ? "" : `test accuracy ${accuracy.toFixed(1)}%`;
+  paintQuery();
+  paintHeads();
+  paintWall();
+  paintGuess();
+  paintStory();
+  paintKernel();
+  paintChoice();
+  writeAddress();
+}
+
+function moveQuery(query) {
+  if (query === state.query || !maps) return;
+  state.query = query;
+  paintQuery();
+  writeAddress();
+}
+
+function showCheckpoint(checkpoint) {
+  state.checkpoint = checkpoint;
+  state.recomputed = null;
+  paint();
+}
+
+function showTab(name) {
+  state.tab = name;
+  for (const tab of findAll("[role=tab]")) {
+    tab.setAttribute("aria-selected", tab.dataset.tab === name);
+    tab.tabIndex = tab.dataset.tab === name ? 0 : -1;
+    find(`#${tab.dataset.tab}`).hidden = tab.dataset.tab !== name;
+  }
+  for (const part of findAll("[data-for]")) part.classList.toggle("absent", !part.dataset.for.split(" ").includes(name));
+  find(".caption").classList.toggle("absent", name !== "watch");
+  paint();
+}
+
+// --- training time ------------------------------------------------------------------------------------------------------
+
+function stop() {
+  clearInterval(playing);
+  playing = null;
+  find(".play").textContent = "▶ Play training";
+}
+
+function step() {
+  if (state.checkpoint < run.epochs.length - 1) showCheckpoint(state.checkpoint + 1);
+  if (state.checkpoint === run.epochs.length - 1) stop();
+}
+
+function play() {
+  if (playing) return stop();
+  if (state.checkpoint === run.epochs.length - 1) showCheckpoint(0);
+  find(".play").textContent = "❚❚ Pause";
+  playing = setInterval(step, 900);
+}
+
+// --- other gates --------------------------------------------------------------------------------------------------------
+
+function setGate(layer, head, gate) {
+  state.gates.set(`${layer},${head}`, gate);
+}
+
+function setAllGates(gate) {
+  const layers = find(".scope").value === "model" ? run.layers.map((_, layer) => layer) : [state.layer];
+  for (const layer of layers) for (let head = 0; head < heads; head++) setGate(layer, head, gate);
+  paint();
+}
+
+const wantedGates = () => run.layers.map((_, layer) => Array.from({ length: heads }, (_, head) => gateOf(layer, head)));
+
+async function recompute() {
+  const [checkpoint, layer] = [state.checkpoint, state.layer];
+  const answer = await ask("what_if", { pixels: picture.pixels, layer, checkpoint, gates: wantedGates() });
+  if (!answer || checkpoint !== state.checkpoint || layer !== state.layer) return;
+  state.recomputed = { ...answer, content: bytes(answer.content) };
+  paint();
+}
+
+// --- files to keep ------------------------------------------------------------------------------------------------------
+
+function save(name, address) {
+  const link = document.createElement("a");
+  [link.download, link.href] = [name, address];
+  link.click();
+}
+
+async function saveFigure(moving) {
+  const button = find(moving ? ".save-moving" : ".save-view");
+  button.disabled = true;
+  const { layer, checkpoint, query } = state;
+  const answer = await ask("export", { moving, layer, checkpoint, query, pixels: picture.pixels, display: picture.display, gates: wantedGates() });
+  button.disabled = false;
+  if (answer) save(`convit-layer-${run.layers[layer] + 1}.${moving ? "gif" : "png"}`, answer.file);
+}
+
+function saveGates() {
+  const lines = run.gate.flatMap((layers, checkpoint) => layers.flatMap((gates, layer) => gates.map((gate, head) =>
+    [run.epochs[checkpoint], run.layers[layer] + 1, head + 1, gate].join(","))));
+  save("convit-gates.csv", URL.createObjectURL(new Blob([["epoch,layer,head,gate", ...lines].join("\n") + "\n"], { type: "text/csv" })));
+}
+
+// --- train it here ------------------------------------------------------------------------------------------------------
+
+let looking = null;
+async function train(wish) {
+  clearTimeout(looking);
+  const standing = await ask("train", { visitor: VISITOR, wish });
+  if (!standing) return void (looking = setTimeout(() => train("look"), 5000));
+  const { state: how, place, epoch, epochs, seconds } = standing;
+  const busy = how === "waiting" || how === "training";
+  find(".train").hidden = busy;
+  find(".train-stop").hidden = !busy;
+  find(".train-progress").hidden = how !== "training";
+  find(".train-progress").value = how === "training" ? (epoch + 1) / (epochs + 1) : 0;
+  find(".train-words").textContent = {
+    idle: "A nano model on generated patterns, from nothing, on this server: about two minutes on two cores.",
+    full: "Too many are waiting already; please come back later.",
+    waiting: `Someone else's model is being trained; ${place === 1 ? "yours is next" : `${place} are before you`}.`,
+    training: epoch < 0 ? "Starting…" : `Epoch ${epoch} of ${epochs} is done${seconds === null ? "" : `, about ${seconds} s to go`}. Its gates are on show as they change.`,
+    done: `${epoch < epochs ? "Stopped" : "Done"}: its checkpoints are in the slider. Above, choose which model to look at.`,
+    failed: "The training ended before its first epoch; please try again.",
+  }[how];
+  if (epoch >= 0 && find(".runs").options.length < 2) {
+    find(".runs").add(new Option("trained here", VISITOR));
+    find(".of-run").classList.remove("absent-always");
+  }
+  if (epoch >= 0 && (state.run !== VISITOR ? shownEpoch < 0 : epoch > shownEpoch)) {
+    shownEpoch = epoch;
+    find(".runs").value = VISITOR;
+    await (state.run === VISITOR ? follow() : showRun(VISITOR));
+  }
+  if (busy) looking = setTimeout(() => train("look"), 1000);
+}
+let shownEpoch = -1; // of the run trained here; after the first one the visitor is free to look at another model
+
+// New snapshots of a run that goes on.
+async function follow() {
+  if (!(await readRun())) return;
+  buildForRun();
+  await readMaps();
+  paint();
+}
+
+// --- controls -----------------------------------------------------------------------------------------------------------
+
+function buildForRun() {
+  find(".layer").innerHTML = run.layers.map((layer, index) => `<option value="${index}">${layer + 1}</option>`).join("");
+  find(".layer").value = state.layer;
+  find(".checkpoint").max = run.epochs.length - 1;
+  find(".time").classList.toggle("absent-always", run.epochs.length === 1);
+  find(".examples").innerHTML = run.examples.map(({ name, thumb }) =>
+    `<button type="button" data-example="${escape(name)}" aria-pressed="${name === state.example}"><img src="${thumb}" alt="${escape(name)}" width="48" height="48"></button>`).join("");
+  find(".help-model").textContent = `On show: ${run.name}, ${run.layers.length} layers of ${heads} heads, ${run.grid[0]} × ${run.grid[1]} patches, ${run.classes.length} classes.`;
+  if (cards.length !== heads || find(".heads canvas").width !== run.grid[1]) buildCards();
+}
+
+function patchAt(event) {
+  const [rows, columns] = run.grid;
+  const box = find(".picture").getBoundingClientRect();
+  const along = (client, edge, length, count) => Math.max(0, Math.min(count - 1, Math.floor(((client - edge) / length) * count)));
+  return along(event.clientY, box.top, box.height, rows) * columns + along(event.clientX, box.left, box.width, columns);
+}
+
+function hold(held) {
+  state.held = held;
+  find(".hint").textContent = held ? "Held; click this patch again to let go." : "Move over the picture; click to hold a patch.";
+  find(".picture").classList.toggle("held", held);
+}
+
+function onPicture() {
+  const canvas = find(".picture");
+  canvas.addEventListener("pointermove", (event) => { if (!state.held && event.pointerType !== "touch") moveQuery(patchAt(event)); });
+  canvas.addEventListener("click", (event) => {
+    const query = patchAt(event);
+    hold(!(state.held && query === state.query));
+    moveQuery(query);
+  });
+  canvas.addEventListener("keydown", (event) => {
+    const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    if (event.key === "Enter" || event.key === " ") hold(!state.held);
+    else if (!move) return;
+    event.preventDefault();
+    if (!move) return;
+    const [x, y] = [(state.query % run.grid[1]) + move[0], Math.floor(state.query / run.grid[1]) + move[1]];
+    if (x >= 0 && x < run.grid[1] && y >= 0 && y < run.grid[0]) moveQuery(y * run.grid[1] + x);
+  });
+}
+
+function onFiles() {
+  find(".file").addEventListener("change", (event) => {
+    if (event.target.files[0]) showPicture(null, event.target.files[0]);
+    event.target.value = ""; // so that the same file can be chosen again
+  });
+  find(".examples").addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    if (button) showPicture(button.dataset.example);
+  });
+  const page = element.ownerDocument;
+  page.addEventListener("dragover", (event) => { event.preventDefault(); find(".panel").classList.add("dragging"); });
+  page.addEventListener("dragleave", (event) => { if (!event.relatedTarget) find(".panel").classList.remove("dragging"); });
+  page.addEventListener("drop", (event) => {
+    event.preventDefault();
+    find(".panel").classList.remove("dragging");
+    if (event.dataTransfer.files[0]) showPicture(null, event.dataTransfer.files[0]);
+  });
+  page.addEventListener("paste", (event) => { if (event.clipboardData.files[0]) showPicture(null, event.clipboardData.files[0]); });
+}
+
+function onHeads() {
+  const headOf = (event) => { const card = event.target.closest("[data-head]"); return card ? Number(card.dataset.head) : null; };
+  const side = find(".heads");
+  side.addEventListener("pointerover", (event) => paintChoice(headOf(event)));
+  side.addEventListener("pointerleave", () => paintChoice());
+  side.addEventListener("click", (event) => {
+    if (event.target.closest(".gate") || headOf(event) === null) return;
+    state.head = state.head === headOf(event) ? null : headOf(event);
+    paint();
+  });
+  side.addEventListener("input", (event) => {
+    setGate(state.layer, headOf(event), Number(event.target.value));
+    paintQuery();
+    paintHeads();
+    paintWall();
+  });
+  find(".wall").addEventListener("click", (event) => {
+    const cell = event.target.closest(".cell");
+    if (!cell) return;
+    state.head = Number(cell.dataset.cell);
+    if (Number(cell.dataset.layer) === state.layer) paint();
+    else showLayer(Number(cell.dataset.layer));
+  });
+  find(".wall").addEventListener("pointerover", (event) => {
+    const cell = event.target.closest(".cell");
+    paintChoice(cell && Number(cell.dataset.layer) === state.layer ? Number(cell.dataset.cell) : null);
+  });
+  find(".wall").addEventListener("pointerleave", () => paintChoice());
+  find(".kinds").innerHTML = Object.entries(KINDS).map(([kind, word]) => `<button type="button" data-kind="${kind}" aria-pressed="${kind === "mixed"}">${word}</button>`).join("");
+  find(".heads").dataset.kind = "mixed";
+  find(".kinds").addEventListener("click", (event) => {
+    const { kind } = event.target.dataset;
+    if (!kind) return;
+    find(".heads").dataset.kind = kind;
+    for (const button of findAll(".kinds button")) button.setAttribute("aria-pressed", button.dataset.kind === kind);
+  });
+}
+
+function onCharts() {
+  element.addEventListener("click", (event) => {
+    const epoch = epochAt(event);
+    if (epoch !== null) { stop(); showCheckpoint(nearestCheckpoint(epoch)); }
+  });
+  element.addEventListener("pointerover", (event) => {
+    if (event.target.dataset?.curve) paintChoice(Number(event.target.dataset.curve));
+    else if (event.target.closest("svg[data-last]")) paintChoice();
+  });
+}
+
+function onTabs() {
+  const tabs = [...findAll("[role=tab]")];
+  for (const [index, tab] of tabs.entries()) {
+    tab.addEventListener("click", () => showTab(tab.dataset.tab));
+    tab.addEventListener("keydown", (event) => {
+      const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!move) return;
+      const other = tabs[(index + move + tabs.length) % tabs.length];
+      other.focus();
+      showTab(other.dataset.tab);
+    });
+  }
+}
+
+function onControls() {
+  const on = (selector, kind, act) => find(selector).addEventListener(kind, act);
+  on(".layer", "change", (event) => showLayer(Number(event.target.value)));
+  on(".runs", "change", (event) => showRun(event.target.value));
+  on(".checkpoint", "input", (event) => { stop(); showCheckpoint(Number(event.target.value)); });
+  on(".play", "click", play);
+  on(".step", "click", () => { stop(); step(); });
+  on(".reset", "click", () => { stop(); showCheckpoint(0); });
+  for (const selector of [".same-scale", ".as-seen", ".overlay", ".opacity"]) on(selector, "input", paintQuery);
+  on(".mass", "input", (event) => { find(".mass-share").textContent = `${Math.round(100 * event.target.value)}%`; paintQuery(); });
+  on(".all-gates", "input", (event) => setAllGates(Number(event.target.value)));
+  on(".recompute", "click", recompute);
+  on(".undo", "click", () => { state.gates.clear(); state.recomputed = null; paint(); });
+  on(".save-view", "click", () => saveFigure(false));
+  on(".save-moving", "click", () => saveFigure(true));
+  on(".save-gates", "click", saveGates);
+  on(".train", "click", () => { shownEpoch = -1; train("start"); });
+  on(".train-stop", "click", () => train("stop"));
+  for (const name of ["right", "down", "strength"]) on(`.${name}`, "input", (event) => { kernel[name] = Number(event.target.value); paintKernel(); });
+  on(".kernel-map", "pointerdown", (event) => { event.target.setPointerCapture(event.pointerId); dragKernel(event); });
+  on(".kernel-map", "pointermove", (event) => { if (event.buttons) dragKernel(event); });
+  on(".take", "click", takeHead);
+  find(".taps").innerHTML = [-1, 0, 1].flatMap((down) => [-1, 0, 1].map((right) =>
+    `<button type="button" data-right="${right}" data-down="${down}" aria-label="tap ${right} right, ${down} down">${"↖↑↗←•→↙↓↘"[3 * (down + 1) + right + 1]}</button>`)).join("");
+  on(".taps", "click", (event) => {
+    const { right, down } = event.target.dataset;
+    if (right === undefined) return;
+    Object.assign(kernel, { right: Number(right), down: Number(down), strength: 4 });
+    paintKernel();
+  });
+}
+
+function paintRamp() {
+  const context = find(".ramp").getContext("2d");
+  const image = context.createImageData(256, 1);
+  for (let i = 0; i < 256; i++) image.data.set([...colours.subarray(3 * i, 3 * i + 3), 255], 4 * i);
+  context.putImageData(image, 0, 0);
+}
+
+async function start() {
+  if (!(await readRun())) return void setTimeout(start, 2000); // the server may be coming back
+  const name = readAddress();
+  find(".runs").add(new Option(run.name, ""));
+  find(".of-run").classList.add("absent-always");
+  buildForRun();
+  paintRamp();
+  onTabs();
+  onControls();
+  onPicture();
+  onFiles();
+  onHeads();
+  onCharts();
+  hold(state.held);
+  showTab(state.tab);
+  await showPicture(name);
+  find(".panel").classList.remove("loading");
+  train("look");
+  setInterval(() => { if (!run.finished && !state.run) follow(); }, 5000);
+}
+
+window.convit = { mapsOf: (head, query) => mapsOf(head, query), pixels: () => picture.pixels, state }; // to check the page from outside
+start();
