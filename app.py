@@ -43,15 +43,17 @@ REFUSED = "The page and its server do not understand each other; please reload t
 
 
 def build(probe: Probe, compare: list[Path] = ()) -> gr.Blocks:
-    """The page for a model, with the curves of other runs beside its own."""
+    """The page for a model, with the curves of other runs beside its own. Raises ValueError for runs without any."""
     others = [story(run) for run in compare]
+    if None in others:
+        raise ValueError(f"{compare[others.index(None)]} holds no metrics.jsonl; give run folders with --compare")
     trainer, trained = Trainer(), {}
     atexit.register(trainer.close)
 
     def probe_of(asked: dict) -> Probe:
         """The model that a visitor looks at: the page's own, or the one that they have trained here."""
         visitor = asked["run"]
-        if not visitor:
+        if visitor == "":
             return probe
         for gone in [name for name, one in trained.items() if not one.run.exists()]:
             del trained[gone]
@@ -124,7 +126,7 @@ def answered(function):
             return function(asked)
         except (ValueError, FileNotFoundError) as problem:
             return {"error": str(problem)}
-        except (KeyError, TypeError, IndexError):
+        except (KeyError, TypeError, IndexError, AttributeError):
             return {"error": REFUSED}
 
     return answer

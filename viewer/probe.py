@@ -36,7 +36,7 @@ from pictures import middle, open_picture
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 20_000_000
 NO_PICTURE = "This file cannot be read as a picture; please choose a PNG, JPEG, WebP or GIF."
 DISPLAY_SIZE = 384  # pixels of the longer side of a picture on the page, at most
-FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF"]  # others may start programs, as EPS does
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]  # others may start programs, as EPS does
 LIKELIEST = 3  # classes shown
 
 

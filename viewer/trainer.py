@@ -36,11 +36,12 @@ class Trainer:
         `state` is "idle", "full", "waiting" (with their `place`), "training", "done" or "failed"; from "training" on
         with `epoch`, `epochs` and the `seconds` that are left, about.
         """
+        run = self.run(visitor)
         with self.lock:
             if wish == "start" and visitor not in self.line:
                 if len(self.line) >= LONGEST_LINE:
                     return {"state": "full"}
-                shutil.rmtree(self.run(visitor), ignore_errors=True)
+                shutil.rmtree(run, ignore_errors=True)
                 self.line.append(visitor)
             elif wish == "stop" and visitor in self.line:
                 self._leave(visitor)
@@ -51,7 +52,7 @@ class Trainer:
 
     def run(self, visitor: str) -> Path:
         """The run folder of a visitor. Raises ValueError for what is no name."""
-        if not visitor.isalnum() or len(visitor) > 40:
+        if not (isinstance(visitor, str) and visitor.isalnum() and len(visitor) <= 40):
             raise ValueError("a visitor has a short name of letters and digits")
         return self.folder / visitor
 

@@ -166,7 +166,7 @@ function paintGuess() {
   const both = Boolean(state.recomputed);
   find(".guess").replaceChildren(...guess.map(([name, before, after]) => {
     const row = document.createElement("div");
-    const bar = (share, what) => `<div class="track ${what}"><div class="fill" style="width: ${100 * share}%"></div></div><span>${(100 * share).toFixed(0)}%</span>`;
+    const bar = (share, what) => `<div class="track ${what}"><div class="fill" style="width: ${100 * share}%"></div></div><span>${(100 * share).toFixed(share < 0.095 ? 1 : 0)}%</span>`;
     row.innerHTML = `<span class="name"></span>${bar(both ? after : before, "now")}${both ? `<span class="was">was</span>${bar(before, "before")}` : ""}`;
     row.querySelector(".name").textContent = name; // class names are folder names: text, never markup
     return row;

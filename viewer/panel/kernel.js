@@ -6,7 +6,7 @@ const MARGIN = 60; // pixels at the left and the top of the map, for its two fac
 const kernelNumbers = () => [2 * kernel.strength * kernel.right, 2 * kernel.strength * kernel.down, -kernel.strength];
 
 function paintKernel() {
-  if (state.tab !== "kernel" || !images.display) return;
+  if (state.tab !== "kernel") return;
   const [rows, columns] = run.grid;
   const numbers = kernelNumbers();
   const [row, column] = [Math.floor(state.query / columns), state.query % columns];

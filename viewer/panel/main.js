@@ -56,12 +56,20 @@ async function readRun() {
 
 const middlePatch = () => Math.floor(run.grid[0] / 2) * run.grid[1] + Math.floor(run.grid[1] / 2);
 
-async function readMaps() {
-  const [asked, layer, of] = [picture, state.layer, state.run];
-  const answer = await ask("read_layer", { pixels: asked.pixels, layer });
-  if (!answer || asked !== picture || layer !== state.layer || of !== state.run) return; // the visitor has gone on
+// Go to another picture, layer or model: all of the page changes at once, when its maps are here.
+let latest = 0;
+async function go(changes, chosen = picture, loaded = images) {
+  const wish = ++latest;
+  const layer = changes.layer ?? state.layer;
+  const answer = await ask("read_layer", { pixels: chosen.pixels, layer });
+  if (wish !== latest) return; // the visitor has gone on
+  find(".layer").value = answer ? layer : state.layer;
+  if (!answer) return;
+  [picture, images] = [chosen, loaded];
   maps = { ...answer, content: answer.content.map(bytes) };
+  Object.assign(state, { recomputed: null }, changes);
   state.checkpoint = Math.min(state.checkpoint, maps.content.length - 1);
+  paint();
 }
 
 // Show a picture of the page by its name, or a file.
@@ -78,25 +86,14 @@ async function showPicture(name, file = null) {
     loaded[kind].src = chosen[kind];
     await loaded[kind].decode();
   }
-  [picture, images, state.example, state.recomputed] = [chosen, loaded, file ? null : name, null];
-  [find(".picture").width, find(".picture").height] = [images.display.width, images.display.height];
-  for (const button of findAll(".examples button")) button.setAttribute("aria-pressed", button.dataset.example === state.example);
-  await readMaps();
-  paint();
+  [find(".picture").width, find(".picture").height] = [loaded.display.width, loaded.display.height];
+  await go({ example: file ? null : name }, chosen, loaded);
 }
 
 async function base64(file) {
   const reader = new FileReader();
   await new Promise((done) => { reader.onloadend = done; reader.readAsDataURL(file); });
   return reader.result.split(",")[1] ?? "";
-}
-
-async function showLayer(layer) {
-  state.layer = layer;
-  find(".layer").value = layer;
-  state.recomputed = null;
-  await readMaps();
-  paint();
 }
 
 async function showRun(name) {
@@ -146,7 +143,8 @@ function writeAddress() {
 // --- painting -----------------------------------------------------------------------------------------------------------
 
 function paint() {
-  if (!maps || !images.display) return;
+  if (!maps) return;
+  for (const button of findAll(".examples button")) button.setAttribute("aria-pressed", button.dataset.example === state.example);
   find(".epoch").textContent = run.epochs[state.checkpoint];
   find(".checkpoint").value = state.checkpoint;
   find(".checkpoint").setAttribute("aria-valuetext", `epoch ${run.epochs[state.checkpoint]}`);
@@ -290,8 +288,7 @@ let shownEpoch = -1; // of the run trained here; after the first one the visitor
 async function follow() {
   if (!(await readRun())) return;
   buildForRun();
-  await readMaps();
-  paint();
+  await go({});
 }
 
 // --- controls -----------------------------------------------------------------------------------------------------------
@@ -300,9 +297,9 @@ function buildForRun() {
   find(".layer").innerHTML = run.layers.map((layer, index) => `<option value="${index}">${layer + 1}</option>`).join("");
   find(".layer").value = state.layer;
   find(".checkpoint").max = run.epochs.length - 1;
-  find(".time").classList.toggle("absent-always", run.epochs.length === 1);
+  for (const part of [".time", ".save-moving"]) find(part).classList.toggle("absent-always", run.finished && run.epochs.length === 1);
   find(".examples").innerHTML = run.examples.map(({ name, thumb }) =>
-    `<button type="button" data-example="${escape(name)}" aria-pressed="${name === state.example}"><img src="${thumb}" alt="${escape(name)}" width="48" height="48"></button>`).join("");
+    `<button type="button" data-example="${escape(name)}"><img src="${thumb}" alt="${escape(name)}" width="48" height="48"></button>`).join("");
   find(".help-model").textContent = `On show: ${run.name}, ${run.layers.length} layers of ${heads} heads, ${run.grid[0]} × ${run.grid[1]} patches, ${run.classes.length} classes.`;
   if (cards.length !== heads || find(".heads canvas").width !== run.grid[1]) buildCards();
 }
@@ -378,9 +375,7 @@ function onHeads() {
   find(".wall").addEventListener("click", (event) => {
     const cell = event.target.closest(".cell");
     if (!cell) return;
-    state.head = Number(cell.dataset.cell);
-    if (Number(cell.dataset.layer) === state.layer) paint();
-    else showLayer(Number(cell.dataset.layer));
+    go({ layer: Number(cell.dataset.layer), head: Number(cell.dataset.cell) });
   });
   find(".wall").addEventListener("pointerover", (event) => {
     const cell = event.target.closest(".cell");
@@ -424,7 +419,7 @@ function onTabs() {
 
 function onControls() {
   const on = (selector, kind, act) => find(selector).addEventListener(kind, act);
-  on(".layer", "change", (event) => showLayer(Number(event.target.value)));
+  on(".layer", "change", (event) => go({ layer: Number(event.target.value) }));
   on(".runs", "change", (event) => showRun(event.target.value));
   on(".checkpoint", "input", (event) => { stop(); showCheckpoint(Number(event.target.value)); });
   on(".play", "click", play);
