@@ -95,7 +95,8 @@ def checkpoints(page: Page) -> list[float]:
 def layers(page: Page) -> list[float]:
     """Milliseconds of 40 changes of the layer, each a question to the server."""
     script = """layer => new Promise(done => { const start = performance.now();
-        const choice = document.querySelector(".layer"); choice.value = layer; choice.dispatchEvent(new Event("change"));
+        const choice = document.querySelector(".layer");
+        choice.value = layer; choice.dispatchEvent(new Event("change"));
         const look = () => requestAnimationFrame(() => convit.state.layer === layer
             ? requestAnimationFrame(() => done(performance.now() - start)) : look()); look(); })"""
     return [page.evaluate(script, step % 5) for step in range(40)]
