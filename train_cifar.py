@@ -23,8 +23,17 @@ from convit_min import MODELS, normalise
 from training import checkpoint, distributed
 from training.augment import erase, flip, mix, shift, soft_targets
 from training.config import CORES, RunConfig, build_model
-from training.data import DATASETS, epoch_order, guess_dataset, load_pictures, share_of_steps, subset, test_batches
-from training.flags import at_least, flag, parse_flags
+from training.data import (
+    DATASETS,
+    epoch_order,
+    guess_dataset,
+    hold_out,
+    load_pictures,
+    share_of_steps,
+    subset,
+    test_batches,
+)
+from training.flags import at_least, flag, fraction, parse_flags
 from training.loop import (
     Interruption,
     autocast,
@@ -43,6 +52,9 @@ class Config(RunConfig):
     dataset: str | None = flag(None, "by default a folder where --data-dir is one", type=str, choices=DATASETS)
     data_dir: str = flag("data", "where CIFAR is, or goes; or a folder that holds train/CLASS/* and test/CLASS/*")
     workers: int = flag(CORES, "threads that read a folder's pictures before training", type=at_least(0))
+    hold_out: float | None = flag(
+        None, "evaluate on this share of the training set, held back, and not on the test set", type=fraction
+    )
     model: str = flag("convit_cifar_nano", "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
     img_size: int = flag(32, "side in pixels; other pictures are scaled and cropped to it", type=at_least(1))
     patch_size: int = flag(4, "side of a patch in pixels", type=at_least(1))
@@ -68,6 +80,8 @@ def train(config: Config):
         device = distributed.start(config.device)
         config.dataset = config.dataset or guess_dataset(config.data_dir, Config.data_dir)
         train_set, test_set = load_pictures(config.dataset, config.data_dir, config.img_size, device, config.workers)
+        if config.hold_out:
+            train_set, test_set = hold_out(train_set, config.hold_out, config.seed)
         if config.data_fraction < 1:
             train_set = train_set.pick(subset(train_set.labels.cpu(), config.data_fraction, config.seed).to(device))
         classes, count = train_set.classes, len(train_set.labels)
@@ -93,18 +107,19 @@ def train(config: Config):
         return distributed.say(f"{run} has done its {epochs} epochs already; a larger --epochs goes on")
     parallel = DistributedDataParallel(model) if distributed.world_size() > 1 else model
     forward = torch.compile(parallel) if config.compile else parallel
-    steps_per_epoch = count // config.batch_size
+    length = config.epoch_length(count)
+    steps_per_epoch = length // config.batch_size
     steps, warmup_steps = epochs * steps_per_epoch, int(config.warmup_epochs * steps_per_epoch)
     probe = normalise(test_set.images[:: max(len(test_set.labels) // 128, 1)])  # some of every class, to watch heads on
     interruption = Interruption(config.save_every)
 
     for epoch in range(state["epoch"], epochs + 1):
-        metrics = {"epoch": epoch}
+        metrics = {"epoch": epoch, "step": epoch * steps_per_epoch}
         if epoch > 0:  # epoch 0 only looks at the model before training
             model.train()
             first, started = state["index"], time.perf_counter()
             loss_sum = torch.tensor(state["loss_sum"], device=device)
-            order = epoch_order(count, config.seed, epoch).to(device)
+            order = epoch_order(count, config.seed, epoch, length=length).to(device)
             progress = progress_bar(epoch, first * config.batch_size, steps_per_epoch * config.batch_size)
             for index, chosen in enumerate(share_of_steps(order, config.batch_size, first), first + 1):
                 step = (epoch - 1) * steps_per_epoch + index

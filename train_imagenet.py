@@ -99,19 +99,20 @@ def train(config: Config):
         return distributed.say(f"{run} has done its {epochs} epochs already; a larger --epochs goes on")
     parallel = DistributedDataParallel(model) if distributed.world_size() > 1 else model
     forward = torch.compile(parallel) if config.compile else parallel
-    steps_per_epoch = count // config.batch_size
+    length = config.epoch_length(count)
+    steps_per_epoch = length // config.batch_size
     steps, warmup_steps = epochs * steps_per_epoch, int(config.warmup_epochs * steps_per_epoch)
     spread = range(0, len(test_set), max(len(test_set) // 64, 1))  # some of every class, to watch heads on
     probe = normalise(torch.stack([test_set[index, 0][0] for index in spread]).to(device))
     interruption = Interruption(config.save_every)
 
     for epoch in range(state["epoch"], epochs + 1):
-        metrics = {"epoch": epoch}
+        metrics = {"epoch": epoch, "step": epoch * steps_per_epoch}
         if epoch > 0:  # epoch 0 only looks at the model before training
             model.train()
             first, started = state["index"], time.perf_counter()
             loss_sum = torch.tensor(state["loss_sum"], device=device)
-            keys = training_batches(chosen, config.batch_size, config.seed, epoch, first, config.repeats)
+            keys = training_batches(chosen, config.batch_size, config.seed, epoch, first, config.repeats, length)
             batches = load(train_set, keys, config.workers, device, config.skip_bad_images)
             progress = progress_bar(epoch, first * config.batch_size, steps_per_epoch * config.batch_size)
             for index, (images, labels) in enumerate(batches, first + 1):

@@ -24,7 +24,7 @@ from analysis import read_metrics
 from convit_min import create_model, load_weights, normalise
 from training import checkpoint
 from training.augment import colour_jitter, erase, flip, mix, shift
-from training.data import CIFAR, epoch_order, load_cifar, load_folder, subset
+from training.data import CIFAR, Pictures, epoch_order, hold_out, load_cifar, load_folder, subset
 from training.files import random_resized_crop
 from training.loop import ema_average, learning_rate, parameter_groups
 from training.patterns import patterns
@@ -107,6 +107,8 @@ def test_bad_input_gives_one_sentence_and_leaves_nothing(tree, tmp_path, complai
     assert "invalid choice: 'convit_nano'" in complaint("--model", "convit_nano")
     assert "--batch-size 8 must be a multiple" in complaint("--accumulate", "3")
     assert "not above 0" in complaint("--data-fraction", "0")
+    assert "leave one of them out" in complaint("--epoch-steps", "3", "--scale-epochs")
+    assert "leaves nothing to train on" in complaint("--hold-out", "1")
     assert "--save-every" in complaint("--save-every", "soon")
     assert "no run to go on with, repeat or evaluate" in complaint("--eval")
     assert "patch_size=5" in complaint("--patch-size", "5")
@@ -232,6 +234,26 @@ def test_repeated_augmentation_shows_fewer_pictures_more_often():
     order = epoch_order(90, seed=0, epoch=1, repeats=3)
     assert len(order) == 90 and sorted(order.bincount(minlength=90).unique().tolist()) == [0, 3]
     assert not torch.equal(order, epoch_order(90, seed=0, epoch=2, repeats=3))
+
+
+def test_epochs_of_another_length_are_passes_cut_elsewhere():
+    passes = torch.cat([epoch_order(10, seed=0, epoch=number) for number in range(1, 8)])
+    for length in (4, 10, 23):
+        cut = torch.cat([epoch_order(10, seed=0, epoch=number, length=length) for number in range(1, 70 // length + 1)])
+        assert torch.equal(cut, passes[: len(cut)])
+    assert all(part.sort().values.tolist() == list(range(10)) for part in passes.split(10))
+
+
+def test_held_back_pictures_are_a_share_of_every_class_and_are_not_trained_on():
+    labels = torch.tensor([0] * 100 + [1] * 40)[torch.randperm(140)]
+    pictures = Pictures(torch.arange(140, dtype=torch.uint8)[:, None, None, None], labels, ["a", "b"])
+    train, held_back = hold_out(pictures, 0.1, seed=1)
+    assert held_back.labels.bincount().tolist() == [10, 4] and len(train.labels) == 126
+    assert sorted([*train.images.flatten().tolist(), *held_back.images.flatten().tolist()]) == list(range(140))
+    for part in (train, held_back):
+        assert torch.equal(part.labels, labels[part.images.flatten().long()])
+    with pytest.raises(ValueError, match="leaves nothing to train on"):
+        hold_out(pictures, 1.0, seed=1)
 
 
 def test_patterns_can_be_read_off_the_pictures():

@@ -46,6 +46,9 @@ class RunConfig:
     warmup_epochs: float = flag(5.0, "linear warm-up")
     epochs: int = flag(300, "passes over the training set", type=at_least(1))
     batch_size: int = flag(512, "pictures a step, over all processes", type=at_least(1))
+    epoch_steps: int | None = flag(
+        None, "steps of an epoch, so between evaluations; by default one pass over the training set", type=at_least(1)
+    )
     accumulate: int = flag(1, "parts that a batch is computed in, where it does not fit in memory", type=at_least(1))
     clip_grad: float = flag(0.0, "largest norm of the gradient; 0 is no limit")
     flip: bool = flag(True, "mirror half of the pictures; not for digits or letters")
@@ -82,12 +85,18 @@ class RunConfig:
             )
         if count < self.batch_size and not self.eval:
             raise ValueError(f"{count} training pictures are fewer than --batch-size {self.batch_size}: lower it")
+        if self.epoch_steps and self.scale_epochs:
+            raise ValueError("--epoch-steps and --scale-epochs both say how long a run is: leave one of them out")
         if self.warmup_epochs >= self.total_epochs() and not self.eval:
             say(f"note: the {self.warmup_epochs:g} epochs of --warmup-epochs last the whole run")
 
     def total_epochs(self) -> int:
         """The epochs of the whole run."""
         return round(self.epochs / self.data_fraction) if self.scale_epochs else self.epochs
+
+    def epoch_length(self, count: int) -> int:
+        """The pictures of an epoch, where there are `count` to train on."""
+        return self.epoch_steps * self.batch_size if self.epoch_steps else count
 
 
 # what a run may be resumed with otherwise than it began: where and how it runs, how long and how fast it learns

@@ -1,5 +1,6 @@
 """Pictures for training: whole data sets as uint8 tensors on the device, augmented there, image by image."""
 
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +34,9 @@ class Pictures(NamedTuple):
     def to(self, device: torch.device) -> "Pictures":
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
-    def pick(self, indices: Tensor) -> "Pictures":
-        return self._replace(images=self.images[indices], labels=self.labels[indices])
+    def pick(self, chosen: Tensor) -> "Pictures":
+        """The pictures of these indices, or where a mask is True."""
+        return self._replace(images=self.images[chosen], labels=self.labels[chosen])
 
 
 def load_pictures(
@@ -188,13 +190,29 @@ def subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
-def epoch_order(count: int, seed: int, epoch: int, repeats: int = 1) -> Tensor:
+def hold_out(pictures: Pictures, share: float, seed: int) -> tuple[Pictures, Pictures]:
+    """All pictures but a share of every class, drawn by the seed, and that share. Raises ValueError if it is all."""
+    held_back = torch.zeros_like(pictures.labels, dtype=torch.bool)
+    held_back[subset(pictures.labels.cpu(), share, seed).to(held_back.device)] = True
+    if held_back.all():
+        raise ValueError(f"--hold-out {share:g} leaves nothing to train on: lower it")
+    return pictures.pick(~held_back), pictures.pick(held_back)
+
+
+def epoch_order(count: int, seed: int, epoch: int, repeats: int = 1, length: int | None = None) -> Tensor:
     """The pictures of an epoch in their order; with repeats, each comes that often in a row, and others wait.
 
+    An epoch is one pass over all `count` pictures. If it is to have another `length`, passes follow one another, each
+    in its own order, and every epoch goes on where the one before ended.
     The same for every number of processes, and for a run that is resumed.
     """
-    generator = torch.Generator().manual_seed(stream(seed, "order", epoch))
-    return torch.randperm(count, generator=generator).repeat_interleave(repeats)[:count]
+    length = length or count
+    first, end = (epoch - 1) * length, epoch * length  # places in the row of all passes
+    passes = []
+    for number in range(first // count, math.ceil(end / count)):
+        generator = torch.Generator().manual_seed(stream(seed, "order", number + 1))
+        passes.append(torch.randperm(count, generator=generator).repeat_interleave(repeats)[:count])
+    return torch.cat(passes)[first % count :][:length]
 
 
 def share_of_steps(order: Tensor, batch_size: int, first: int = 0) -> Iterator[Tensor]:

@@ -145,9 +145,11 @@ def generated(size: int) -> tuple[Generated, Generated, list[str]]:
     return Generated(train, size), Generated(test, size), train.classes
 
 
-def training_batches(indices: Tensor, batch_size: int, seed: int, epoch: int, first: int, repeats: int) -> list:
+def training_batches(
+    indices: Tensor, batch_size: int, seed: int, epoch: int, first: int, repeats: int, length: int | None = None
+) -> list:
     """What a DataLoader asks a data set for, in this process, from step `first` of an epoch on: (index, seed) pairs."""
-    order = indices[epoch_order(len(indices), seed, epoch, repeats)].tolist()
+    order = indices[epoch_order(len(indices), seed, epoch, repeats, length)].tolist()
     base = stream(seed, "pictures", epoch)
     places = share_of_steps(torch.arange(len(order)), batch_size, first)
     return [[(order[place], base + place) for place in batch.tolist()] for batch in places]

@@ -58,6 +58,18 @@ def parse_flags(config_class: type[Config], description: str) -> Config:
     return config_class(**values)
 
 
+def as_flags(values: dict) -> list[str]:
+    """Fields of a config as one would type them; None, which stands for a default, is left out."""
+    flags = []
+    for name, value in values.items():
+        flag_name = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag_name}" if value else f"--no-{flag_name}")
+        elif value is not None:
+            flags.append(f"--{flag_name}={value}")
+    return flags
+
+
 def _flags_of(parser: argparse.ArgumentParser, config_class: type, file: str | Path) -> list[str]:
     """The flags that a config.json stands for, but for --run and --resume."""
     try:
@@ -68,14 +80,7 @@ def _flags_of(parser: argparse.ArgumentParser, config_class: type, file: str | P
         values = None
     if not isinstance(values, dict) or not values.keys() <= {field.name for field in dataclasses.fields(config_class)}:
         parser.error(f"{file} is not a config.json of this script")
-    flags = []
-    for name, value in values.items():
-        flag_name = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag_name}" if value else f"--no-{flag_name}")
-        elif value is not None and name != "run":
-            flags.append(f"--{flag_name}={value}")
-    return [flag for flag in flags if flag not in ("--resume", "--no-resume", "--eval", "--no-eval")]
+    return as_flags({name: value for name, value in values.items() if name not in ("run", "resume", "eval")})
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 
 def draw_run(metrics: list[dict], run: Path, uniform_non_locality: float):
@@ -29,11 +29,11 @@ def draw_curves(metrics: list[dict]) -> Figure:
     return figure
 
 
-def draw_gates(metrics: list[dict]) -> Figure:
+def draw_gates(metrics: list[dict], figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
     """sigmoid(gate) of every head over epochs, a panel a GPSA layer, the mean in black (Fig. 6 of the paper)."""
     epochs, gate = [line["epoch"] for line in metrics], _stack(metrics, "gate")
     layers = [layer for layer in range(gate.shape[1]) if np.isfinite(gate[:, layer]).all()]
-    figure = Figure(figsize=(1.2 + 1.9 * len(layers), 2.8), layout="constrained")
+    figure = figure or Figure(figsize=(1.2 + 1.9 * len(layers), 2.8), layout="constrained")
     panels = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
     for panel, layer in zip(panels, layers, strict=True):
         panel.plot(epochs, gate[:, layer], linewidth=1)
@@ -43,10 +43,12 @@ def draw_gates(metrics: list[dict]) -> Figure:
     return figure
 
 
-def draw_non_locality(metrics: list[dict], uniform: float) -> Figure:
+def draw_non_locality(
+    metrics: list[dict], uniform: float, figure: Figure | SubFigure | None = None
+) -> Figure | SubFigure:
     """Mean attended distance of every layer over epochs, and that of uniform attention (Fig. 5 of the paper)."""
     epochs, distance = [line["epoch"] for line in metrics], _stack(metrics, "non_locality").mean(axis=2)
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = figure or Figure(figsize=(6, 3.6), layout="constrained")
     panel = figure.subplots()
     colours = colormaps["viridis"](np.linspace(0, 0.9, distance.shape[1]))
     for layer, colour in enumerate(colours):
