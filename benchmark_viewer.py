@@ -4,7 +4,7 @@
 
 Starts app.py, moves and clicks as a visitor does, and takes the time from the event until the frame after it is
 painted. Then 20 visitors each ask the server for something else every second for a minute, as the page's own code asks.
-Writes results/viewer.{json,md}.
+Writes results/viewer.{json,md}, and viewer.png, the page as it looks.
 """
 
 import argparse
@@ -194,6 +194,10 @@ def main():
                 "own picture to maps, 0.5 megapixels": (uploads(page, photo(800, 600)), 500),
                 "own picture to maps, 12 megapixels": (uploads(page, photo(4000, 3000)), 500),
             }
+            page.goto(address + "/#layer=5&head=5&epoch=14")
+            page.reload()
+            page.wait_for_selector(".panel:not(.loading)")
+            page.screenshot(path=given.out / "viewer.png")
             version = browser.version
             browser.close()
         with ThreadPoolExecutor(VISITORS) as pool:

@@ -113,7 +113,7 @@ def test_time_goes_by_play_step_and_reset_and_changes_gates_and_maps(page):
     assert "test accuracy" in page.locator(".accuracy").inner_text()
     for row in page.locator(".guess > div").all():
         share = row.locator(".fill").bounding_box()["width"] / row.locator(".track").bounding_box()["width"]
-        assert share == pytest.approx(int(row.locator("span").last.inner_text().rstrip("%")) / 100, abs=0.02)
+        assert share == pytest.approx(float(row.locator("span").last.inner_text().rstrip("%")) / 100, abs=0.02)
     page.locator(".reset").click()
     assert gates(page) == start and maps(page) == before
 

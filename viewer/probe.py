@@ -5,9 +5,9 @@ import io
 import json
 import math
 import warnings
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, wraps
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +48,16 @@ class Maps(NamedTuple):
     probabilities: Tensor  # over the classes
 
 
+def in_turn(method):
+    """A method of Probe that runs in its one thread: two at once would share the cores, and many keep more memory."""
+
+    @wraps(method)
+    def wait(self, *arguments):
+        return self.thread.submit(method, self, *arguments).result()
+
+    return wait
+
+
 class Probe:
     """The checkpoints of a model, opened, one after another in training time. Safe to call from many threads."""
 
@@ -58,28 +68,28 @@ class Probe:
         self.layers = [index for index, block in enumerate(models[0].blocks) if isinstance(block.attn, GPSA)]
         if not self.layers:
             raise ValueError(f"{name} is a plain ViT: it has no gates to watch")
-        self.one_at_a_time = Lock()  # two passes at once on the same cores would be slower than one after the other
+        self.thread = ThreadPoolExecutor(1)
         self.maps = lru_cache(maxsize=16 * 16)(self._maps)  # about 16 pictures at 16 checkpoints
 
+    @in_turn
     def refresh(self):
         """Open the snapshots that a run has written since."""
-        with self.one_at_a_time:
-            for file in snapshots(self.run)[len(self.models) :] if self.run else []:
-                model, record = open_snapshot(file)
-                self.models.append(model)
-                self.epochs.append(record["epoch"])
+        for file in snapshots(self.run)[len(self.models) :] if self.run else []:
+            model, record = open_snapshot(file)
+            self.models.append(model)
+            self.epochs.append(record["epoch"])
 
     def description(self) -> dict:
         """What does not depend on the picture: shapes, epochs, and every head's gate and v_pos at every checkpoint."""
         rows, columns = kernel_shape(self.config.num_heads)
-        models = self.models[: len(self.epochs)]
+        models = self.models[: len(self.epochs)]  # refresh may be adding one
         return {
             "name": self.name,
             "grid": self.config.grid,
             "kernel": [rows, columns],
             "layers": self.layers,
             "classes": self.classes,
-            "epochs": list(self.epochs),
+            "epochs": self.epochs[: len(models)],
             "finished": self.finished(),
             "gate": torch.stack([gates(model)[self.layers] for model in models]).tolist(),
             "v_pos": [[model.blocks[layer].attn.pos_proj.weight.tolist() for layer in self.layers] for model in models],
@@ -104,7 +114,7 @@ class Probe:
         file = file.read_bytes() if isinstance(file, Path) else file
         check_upload(file)
         try:
-            picture = open_picture(io.BytesIO(file))
+            picture = open_picture(io.BytesIO(file), enough=2 * DISPLAY_SIZE)
         except ValueError:
             raise ValueError(NO_PICTURE) from None
         seen = middle(picture, *self.config.image_shape)
@@ -147,6 +157,7 @@ class Probe:
             "classes": self._named(before.probabilities, after.probabilities),
         }
 
+    @in_turn
     def heads(self, pixels: str, layer: int, checkpoint: int, query: int) -> list[dict]:
         """What every head of a layer looks at from the patch `query` (rows first), as plain lists Y X; for the API."""
         raw = self._raw(pixels, layer)
@@ -166,6 +177,7 @@ class Probe:
             raise ValueError(f"expected {width} x {height} pixels and a layer from 0 to {len(self.layers) - 1}")
         return raw
 
+    @in_turn
     def _maps(self, raw: bytes, checkpoint: int, changed: Tensor | None = None) -> Maps:
         logits, attention = self._forward(raw, checkpoint, changed)
         content = torch.stack([attention[layer].content[0] for layer in self.layers])  # l h n n
@@ -181,8 +193,7 @@ class Probe:
         image = normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
         names = [f"blocks.{layer}.attn.gating_param" for layer in self.layers]
         other = {} if changed is None else dict(zip(names, changed.logit(eps=1e-6), strict=True))
-        with self.one_at_a_time:
-            return functional_call(self.models[checkpoint], other, (image,), {"return_attention": True})
+        return functional_call(self.models[checkpoint], other, (image,), {"return_attention": True})
 
     def _named(self, before: Tensor, after: Tensor) -> list[tuple[str, float, float]]:
         """The likeliest classes, before or after, each with both of its probabilities."""
