@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms import functional
 
 import train_cifar
@@ -67,7 +68,8 @@ def complaint(monkeypatch, capsys):
 
 def test_what_a_run_folder_holds(tree, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", ["train_cifar.py", "--data-dir", str(tree), "--run", str(run), *QUICK])
+    flags = ["--data-dir", str(tree), "--run", str(run), "--tensorboard", *QUICK]
+    monkeypatch.setattr(sys, "argv", ["train_cifar.py", *flags])
     train_cifar.main()
     config = json.loads((run / "config.json").read_text())
     assert config["epochs"] == 2 and config["model"] == "convit_cifar_nano" and config["dataset"] == "folder"
@@ -79,6 +81,9 @@ def test_what_a_run_folder_holds(tree, tmp_path, monkeypatch, capsys):
     metrics = read_metrics(run)
     assert [line["epoch"] for line in metrics] == [0, 1, 2]
     assert metrics[2]["train_loss"] < metrics[1]["train_loss"]
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    shown = [event.value for event in events.Scalars("test_accuracy")]
+    assert shown == pytest.approx([line["test_accuracy"] for line in metrics])
     record = torch.load(run / "snapshots" / "epoch_0002.pt", weights_only=True)
     assert record["classes"] == ["blue", "green", "red"] and record["epoch"] == 2
     assert record["model"]["pos_embed"].dtype == torch.float16
