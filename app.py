@@ -39,12 +39,14 @@ HERE = Path(__file__).parent
 PANEL = HERE / "viewer" / "panel"
 SCRIPTS = ["maps.js", "charts.js", "heads.js", "story.js", "kernel.js", "main.js"]
 EXAMPLES = {"cheetah": "cheetah1.jpg", "lion": "lion.jpg", "bus": "bus.png", "tower": "tower.jpg"}  # ship inside Gradio
+PAGE_CSS = """.gradio-container { overflow: visible !important; }
+@media (max-width: 700px) { .gradio-container > main { padding: 8px !important; } }"""
 REFUSED = "The page and its server do not understand each other; please reload the page."
 
 
 def build(probe: Probe, compare: list[Path] = ()) -> gr.Blocks:
     """The page for a model, with the curves of other runs beside its own. Raises ValueError for runs without any."""
-    others = [story(run) for run in compare]
+    others = [story(run, run.name) for run in compare]
     if None in others:
         raise ValueError(f"{compare[others.index(None)]} holds no metrics.jsonl; give run folders with --compare")
     trainer, trained = Trainer(), {}
@@ -55,24 +57,23 @@ def build(probe: Probe, compare: list[Path] = ()) -> gr.Blocks:
         visitor = asked["run"]
         if visitor == "":
             return probe
-        for gone in [name for name, one in trained.items() if not one.run.exists()]:
-            del trained[gone]
-        if not trainer.run(visitor).exists():
-            raise ValueError("This run is gone, since others have trained after you; please reload the page.")
-        if visitor not in trained:
-            trained[visitor] = open_run(trainer.run(visitor))
-        return trained[visitor]
+        for gone in [name for name, one in list(trained.items()) if not one.run.exists()]:
+            trained.pop(gone, None)
+        run = trainer.run(visitor)
+        if not run.exists():
+            raise ValueError("What was trained here is no longer kept; please choose the other model.")
+        return trained.get(visitor) or trained.setdefault(visitor, open_run(run, "trained here"))
 
     def describe(asked: dict) -> dict:
         chosen = probe_of(asked)
         chosen.refresh()
-        begin = [{"name": name, "thumb": thumb(file)} for name, file in examples(chosen.run).items()]
+        begin = [{"name": name, "thumb": thumb(file)} for name, file in examples(chosen.flags.get("dataset")).items()]
         return chosen.description() | {"others": [] if asked["run"] else others, "examples": begin}
 
     def choose(asked: dict) -> dict:
         chosen = probe_of(asked)
         if "example" in asked:
-            return chosen.picture(examples(chosen.run)[asked["example"]])
+            return chosen.picture(examples(chosen.flags.get("dataset"))[asked["example"]])
         return chosen.picture(base64.b64decode(asked["file"], validate=True))
 
     def read_layer(asked: dict) -> dict:
@@ -86,7 +87,8 @@ def build(probe: Probe, compare: list[Path] = ()) -> gr.Blocks:
         picture = {"display": asked["display"], "pixels": asked["pixels"]}
         if asked["moving"]:
             return {"file": data_url(animation(chosen, picture, layer, query), "image/gif")}
-        return {"file": data_url(view(chosen, picture, layer, asked["checkpoint"], query, asked["gates"]), "image/png")}
+        other = asked["gates"], asked["recomputed"]
+        return {"file": data_url(view(chosen, picture, layer, asked["checkpoint"], query, *other), "image/png")}
 
     def train(asked: dict) -> dict:
         if asked["wish"] == "start":
@@ -94,13 +96,19 @@ def build(probe: Probe, compare: list[Path] = ()) -> gr.Blocks:
         return trainer.ask(asked["visitor"], asked["wish"])
 
     def heads(picture: str, layer: int, checkpoint: int = -1, row: int = 0, column: int = 0) -> list[dict]:
-        """What every head of a layer (counted from 1) looks at from one patch of a picture (a file in base64)."""
-        checkpoint, query = checkpoint % len(probe.epochs), row * probe.config.grid[1] + column
-        if layer - 1 not in probe.layers:
-            raise gr.Error(f"expected a layer from 1 to {len(probe.layers)}", print_exception=False)
+        """What every head of a layer looks at from one patch of a picture (a file in base64).
+
+        Layers are counted from 1 as on the page, checkpoints, rows and columns from 0; checkpoint -1 is the last.
+        """
+        (rows, columns), count = probe.config.grid, len(probe.epochs)
+        ranges = {"layer": (layer, 1, len(probe.layers)), "checkpoint": (checkpoint, -count, count - 1),
+                  "row": (row, 0, rows - 1), "column": (column, 0, columns - 1)}  # fmt: skip
+        for name, (value, lowest, highest) in ranges.items():
+            if not (isinstance(value, int) and lowest <= value <= highest):
+                raise gr.Error(f"expected a {name} from {lowest} to {highest}", print_exception=False)
         try:
             pixels = probe.picture(base64.b64decode(picture, validate=True))["pixels"]
-            return probe.heads(pixels, probe.layers.index(layer - 1), checkpoint, query)
+            return probe.heads(pixels, layer - 1, checkpoint % count, row * columns + column)
         except ValueError as problem:
             raise gr.Error(str(problem), print_exception=False) from None
 
@@ -133,9 +141,9 @@ def answered(function):
 
 
 @functools.cache
-def examples(run: Path | None) -> dict[str, bytes]:
-    """Pictures to begin with, by name: those that ship inside Gradio, or patterns for a run that has learned these."""
-    if run and '"dataset": "patterns"' in (run / "config.json").read_text():
+def examples(dataset: str | None) -> dict[str, bytes]:
+    """Pictures to begin with, by name: those that ship inside Gradio, or patterns where a model has learned these."""
+    if dataset == "patterns":
         return {f"pattern {index}": png(image) for index, image in enumerate(patterns(4, "test")[0], 1)}
     return {name: Path(get_image(file)).read_bytes() for name, file in EXAMPLES.items()}
 
@@ -180,7 +188,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that what visitors train ends, too
     # fmt: off
     page.launch(server_name=given.host, server_port=given.port, footer_links=[], quiet=True, run_history=False,
-                share=False, prevent_thread_lock=True, app_kwargs={"middleware": [Middleware(Guard)]})
+                css=PAGE_CSS, share=False, prevent_thread_lock=True, app_kwargs={"middleware": [Middleware(Guard)]})
     # fmt: on
     print(f"The page is at {page.local_url} (Ctrl-C ends it)", flush=True)
     page.block_thread()

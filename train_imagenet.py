@@ -165,6 +165,7 @@ def train(config: Config):
 def main():
     try:
         train(parse_flags(Config, __doc__))
+        distributed.finish()
     except OSError as error:  # a full disk
         distributed.leave(str(error))
 

@@ -166,8 +166,10 @@ def test_other_gates_remix_at_once_and_the_model_answers(page):
     page.locator(".scope").select_option("model")
     page.locator(".all-gates").fill("0")
     assert gates(page) == [0] * 9 and "9 heads of layer 5" in page.locator(".caption").inner_text()
+    assert page.locator(".stale").is_visible()
     page.locator(".recompute").click()
     page.wait_for_selector(".guess .was")
+    assert page.locator(".stale").is_hidden()
     name, after, _, earlier = page.locator(".guess > div").first.inner_text().split("\n")
     model, image = last_model(), seen(page)
     with torch.no_grad():
@@ -183,8 +185,12 @@ def test_other_gates_remix_at_once_and_the_model_answers(page):
     expected = attention[4].content[0, 7, 20]  # the later layer's maps, as the other gates make them
     step = attention[4].content[0, 7].max().item() / 255
     np.testing.assert_allclose(list(shown.values()) if isinstance(shown, dict) else shown, expected, atol=step)
-    page.locator(".undo").click()
-    assert gates(page) == trained and maps(page) == before
+    page.locator("[data-head='1'] input").fill("0.4")
+    assert page.locator(".guess .was").count() == 0 and page.locator(".stale").is_visible()  # an answer to other gates
+    page.locator(".recompute").click()
+    page.locator(".undo").click()  # before the answer has come
+    page.wait_for_timeout(500)
+    assert gates(page) == trained and maps(page) == before and page.locator(".guess .was").count() == 0
 
 
 def last_file() -> Path:
@@ -276,6 +282,11 @@ def test_a_head_by_hand_is_a_soft_convolution(page):
     page.mouse.up()
     assert float(page.locator(".right-of").inner_text()) == pytest.approx(2, abs=0.1)
     assert float(page.locator(".down-of").inner_text()) == pytest.approx(1, abs=0.1)
+    page.locator(".take").click()
+    assert "click a head" in page.locator(".taken").inner_text()
+    page.get_by_role("tab", name="Watch heads escape").click()
+    page.locator("[data-head='0'] .choose").click()
+    page.get_by_role("tab", name="Attention as convolution").click()
     page.locator(".take").click()
     assert "Head 1 of layer 5 at epoch 0" in page.locator(".taken").inner_text()
     assert page.locator(".v-pos").inner_text().endswith("= (-2.00, -2.00, -1.00)")
@@ -387,7 +398,7 @@ def test_a_visitor_trains_a_model_others_wait_and_its_checkpoints_appear(page, b
         other.locator(".train").click()
         other.wait_for_selector("text=yours is next")
         other.locator(".train-stop").click()
-        other.wait_for_selector("text=A nano model on generated patterns")
+        other.wait_for_selector("text=A nano model, from nothing")
     page.wait_for_selector("text=Its gates are on show", timeout=90_000)
     page.wait_for_function("document.querySelector('[data-example]').dataset.example === 'pattern 1'")
     assert gates(page) == [0.731] * 9

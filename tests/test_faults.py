@@ -312,12 +312,12 @@ def test_a_picture_that_does_not_decode_is_named(photographs, tmp_path):
 
 def test_patterns_are_a_first_try_of_train_imagenet(tmp_path):
     flags = [*SMALL, "--dataset", "patterns", "--data-fraction", "0.002", "--workers", "0", "--run", tmp_path / "run"]
-    flags += ["--img-size", "48", "--epoch-steps", "7"]  # more than a pass over the 40 pictures
+    flags += ["--img-size", "16", "--epoch-steps", "7"]  # more than a pass over the 40 pictures
     status, output = Script(tmp_path / "log", *flags, name="train_imagenet").wait()
     assert status == 0, output
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 7]
     weights = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    assert weights["model_config"]["img_size"] == 48 and weights["model"]["pos_embed"].shape[1] == 144
+    assert weights["model_config"]["img_size"] == 16 and weights["model"]["pos_embed"].shape[1] == 16
 
 
 def test_validation_pictures_are_enough_to_evaluate(tree, straight, photographs, tmp_path):

@@ -90,7 +90,7 @@ def test_any_grid_and_kernel_is_shown_right_and_a_run_that_goes_on_is_followed(b
 
         add_epoch(oblong, perturb(model), 2)
         page.wait_for_function("document.querySelector('.checkpoint').max === '2'")
-        assert page.evaluate("convit.state.checkpoint") == 2  # who stood at the end goes along
+        page.wait_for_function("convit.state.checkpoint === 2")  # who stood at the end goes along
 
 
 @pytest.mark.parametrize("name", ["convit_tiny", "convit_base"])
@@ -145,7 +145,11 @@ def test_the_api_gives_the_models_maps(server, oblong):
     probe = open_run(oblong)
     assert heads == json.loads(json.dumps(probe.heads(probe.picture(file)["pixels"], 1, 1, 23)))
     assert np.array(heads[4]["mixed"]).shape == (4, 6) and np.sum(heads[4]["mixed"]) == pytest.approx(1, abs=1e-5)
-    for arguments, words in ((["bm90aGluZw==", 1], "cannot be read as a picture"), (["", 9], "a layer from 1 to 2")):
+    for arguments, words in (
+        (["bm90aGluZw==", 1], "cannot be read as a picture"),
+        (["", 9], "a layer from 1 to 2"),
+        (["", 1, 0, 4], "a row from 0 to 3"),
+    ):
         with pytest.raises(Exception, match=words):
             client.predict(*arguments, api_name="/heads")
 
@@ -219,7 +223,7 @@ def test_nonsense_from_a_browser_gets_a_sentence(server):
     bad += [("what_if", fine | change) for change in (
         {"gates": [[0.5] * 6]}, {"gates": [[2] * 6] * 2}, {"gates": "x"}, {"gates": [[None] * 6] * 2},
         {"gates": [[float("nan")] * 6] * 2}, {"checkpoint": 99}, {"checkpoint": "1"})]  # fmt: skip
-    bad += [("export", fine | {"moving": False, "display": display} | change) for change in (
+    bad += [("export", fine | {"moving": False, "display": display, "recomputed": False} | change) for change in (
         {"query": 24}, {"query": -1}, {"display": "x"}, {"display": None}, {"gates": [[0.5]]})]  # fmt: skip
     bad += [("train", {"visitor": "../x", "wish": "start"}), ("train", {"visitor": 3, "wish": "start"})]
     bad += [("choose", {"run": "", "example": "none"}), ("choose", None), ("describe", []), ("export", "x")]

@@ -66,7 +66,7 @@ def test_description_is_of_the_run(probe):
     assert description["kernel"] == [3, 3] and description["grid"] == [8, 8]
     assert description["story"]["test_accuracy"] == [line["test_accuracy"] for line in metrics]
     assert description["story"]["train_loss"][0] is None  # epoch 0 is before training
-    assert description["finished"] and story(DEMO / "snapshots") is None
+    assert description["finished"] and story(DEMO / "snapshots", "") is None
     np.testing.assert_allclose(description["gate"][-1][0], metrics[-1]["heads"]["gate"][0], atol=2e-3)
     np.testing.assert_allclose(np.array(description["v_pos"][0])[:, :, 2], -1)
 

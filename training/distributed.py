@@ -69,6 +69,13 @@ def leave(message: str, status: int = 1) -> NoReturn:
     sys.exit(status)
 
 
+def finish():
+    """Leave the group together: a process that is gone early would bring the others down as they end."""
+    wait()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def wait():
     """Go on once all processes have come here."""
     largest(0)

@@ -28,15 +28,24 @@ FRAME, LAST_FRAME = 800, 2400  # milliseconds
 drawing = Lock()  # matplotlib is not made for threads
 
 
-def view(probe: Probe, picture: dict, layer: int, checkpoint: int, query: int, changed: list | None = None) -> bytes:
+def view(
+    probe: Probe,
+    picture: dict,
+    layer: int,
+    checkpoint: int,
+    query: int,
+    changed: list | None = None,
+    recompute: bool = False,
+) -> bytes:
     """All heads of a GPSA layer as a PNG: the position, content and mix map of each.
 
-    `picture` comes from probe.picture; `changed` are gates (l h) in place of the model's. Raises ValueError.
+    `picture` comes from probe.picture; `changed` are gates (l h) in place of the model's, to mix its maps with or, with
+    `recompute`, to run it with. Raises ValueError.
     """
     with drawing:
-        frame = draw(probe, picture, layer, checkpoint, query, ("position", "content", "mixed"), changed)
+        whole = draw(probe, picture, layer, checkpoint, query, ("position", "content", "mixed"), changed, recompute)
     stream = io.BytesIO()
-    frame.save(stream, "PNG")
+    whole.save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -60,11 +69,12 @@ def draw(
     query: int,
     kinds: tuple[str, ...],
     changed: list | None = None,
+    recompute: bool = False,
 ) -> Image.Image:
     """The picture with its query patch, the maps of every head in the layout of the kernel, the gates over epochs."""
     display = base64.b64decode(picture["display"].partition(",")[2])
     check_upload(display)  # it comes back from a browser
-    heads = probe.heads(picture["pixels"], layer, checkpoint, query)
+    heads = probe.heads(picture["pixels"], layer, checkpoint, query, changed if recompute else None)
     (rows, columns), (height, width) = kernel_shape(probe.config.num_heads), probe.config.grid
     place = query % width, query // width
     wide = len(kinds) > 1
@@ -74,7 +84,7 @@ def draw(
     left, middle, right = grid
     epoch = f"epoch {probe.epochs[checkpoint]}" if len(probe.epochs) > 1 else probe.name
     what = "position, content and mix" if wide else "where its heads look from the framed patch"
-    title = f"Layer {probe.layers[layer] + 1}, {epoch}: {what}"
+    title = f"Layer {probe.layers[layer] + 1}, {epoch}{', with other gates' if changed else ''}: {what}"
     figure.suptitle(title, x=0.02, y=0.98, ha="left", fontsize=14, weight="bold")
 
     shown = figure.add_subplot(left)

@@ -38,6 +38,7 @@ NO_PICTURE = "This file cannot be read as a picture; please choose a PNG, JPEG, 
 DISPLAY_SIZE = 384  # pixels of the longer side of a picture on the page, at most
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]  # others may start programs, as EPS does
 LIKELIEST = 3  # classes shown
+CACHE = 2**26  # bytes of content maps to keep in memory
 
 
 class Maps(NamedTuple):
@@ -69,7 +70,9 @@ class Probe:
         if not self.layers:
             raise ValueError(f"{name} is a plain ViT: it has no gates to watch")
         self.thread = ThreadPoolExecutor(1)
-        self.maps = lru_cache(maxsize=16 * 16)(self._maps)  # about 16 pictures at 16 checkpoints
+        size = len(self.layers) * self.config.num_heads * math.prod(self.config.grid) ** 2  # bytes of content maps
+        self.maps = lru_cache(maxsize=max(CACHE // size, 2 * len(models)))(self._maps)
+        self.flags = run_flags(run) if run else {}
 
     @in_turn
     def refresh(self):
@@ -93,18 +96,14 @@ class Probe:
             "finished": self.finished(),
             "gate": torch.stack([gates(model)[self.layers] for model in models]).tolist(),
             "v_pos": [[model.blocks[layer].attn.pos_proj.weight.tolist() for layer in self.layers] for model in models],
-            "story": story(self.run) if self.run else None,
+            "story": story(self.run, self.name) if self.run else None,
             "uniform": uniform_non_locality(self.config.grid),
             "colours": base64.b64encode(colormaps["viridis"](np.arange(256), bytes=True)[:, :3].tobytes()).decode(),
         }
 
     def finished(self) -> bool:
         """Whether no more snapshots are to come."""
-        try:
-            config = json.loads((self.run / "config.json").read_text())
-            return self.epochs[-1] >= config["epochs"]
-        except (AttributeError, OSError, ValueError, KeyError, TypeError):  # weights alone, or a run without its flags
-            return True
+        return self.epochs[-1] >= self.flags.get("epochs", 0)
 
     def picture(self, file: Path | bytes) -> dict:
         """A picture for the page: `display` and what the model has `seen`, for <img>; `pixels` for the other methods.
@@ -145,12 +144,7 @@ class Probe:
     def what_if(self, pixels: str, layer: int, checkpoint: int, changed: list[list[float]]) -> dict:
         """The same of one checkpoint with other gates (l h, 0 to 1), and its likeliest classes before and after."""
         raw = self._raw(pixels, layer)
-        wanted = torch.tensor(changed, dtype=torch.float32)
-        if wanted.shape != (len(self.layers), self.config.num_heads) or not ((wanted >= 0) & (wanted <= 1)).all():
-            raise ValueError(
-                f"expected a gate from 0 to 1 for {len(self.layers)} layers, {self.config.num_heads} heads"
-            )
-        before, after = self.maps(raw, checkpoint), self._maps(raw, checkpoint, wanted)
+        before, after = self.maps(raw, checkpoint), self._maps(raw, checkpoint, self._wanted(changed))
         return {
             "content": base64.b64encode(after.content[layer].numpy().tobytes()).decode(),
             "peaks": after.peak[layer].tolist(),
@@ -158,16 +152,30 @@ class Probe:
         }
 
     @in_turn
-    def heads(self, pixels: str, layer: int, checkpoint: int, query: int) -> list[dict]:
-        """What every head of a layer looks at from the patch `query` (rows first), as plain lists Y X; for the API."""
+    def heads(
+        self, pixels: str, layer: int, checkpoint: int, query: int, changed: list[list[float]] | None = None
+    ) -> list[dict]:
+        """What every head of a layer looks at from the patch `query` (rows first), as plain lists Y X.
+
+        `changed` are gates (l h) to run the model with instead of its own.
+        """
         raw = self._raw(pixels, layer)
         if query not in range(math.prod(self.config.grid)):
             raise ValueError(f"expected a patch of a grid of {self.config.grid[0]} x {self.config.grid[1]}")
-        attention = self._forward(raw, checkpoint)[1][self.layers[layer]]
+        other = None if changed is None else self._wanted(changed)
+        attention = self._forward(raw, checkpoint, other)[1][self.layers[layer]]
         maps = torch.stack([attention.position[:, query], attention.content[0, :, query], attention.mixed[0, :, query]])
         maps = rearrange(maps, "kind h (Y X) -> h kind Y X", Y=self.config.grid[0]).tolist()
         heads = zip(attention.gate.tolist(), maps, strict=True)
         return [{"gate": gate, "position": p, "content": c, "mixed": m} for gate, (p, c, m) in heads]
+
+    def _wanted(self, changed: list[list[float]]) -> Tensor:
+        wanted = torch.tensor(changed, dtype=torch.float32)
+        if wanted.shape != (len(self.layers), self.config.num_heads) or not ((wanted >= 0) & (wanted <= 1)).all():
+            raise ValueError(
+                f"expected a gate from 0 to 1 for {len(self.layers)} layers, {self.config.num_heads} heads"
+            )
+        return wanted
 
     def _raw(self, pixels: str, layer: int) -> bytes:
         height, width = self.config.image_shape
@@ -204,13 +212,16 @@ class Probe:
         ]
 
 
-def open_run(run: Path) -> Probe:
-    """The snapshots of a run folder. Raises FileNotFoundError or ValueError, in one sentence, where there are none."""
+def open_run(run: Path, name: str | None = None) -> Probe:
+    """The snapshots of a run folder, by another name if given.
+
+    Raises FileNotFoundError or ValueError, in one sentence, where there are none.
+    """
     files = snapshots(run)
     if not files:
         raise FileNotFoundError(f"{run} holds no snapshots; give a run folder of train_cifar.py with --run")
     models, records = zip(*map(open_snapshot, files), strict=True)
-    return Probe(run.name, records[-1]["classes"], list(models), [record["epoch"] for record in records], run)
+    return Probe(name or run.name, records[-1]["classes"], list(models), [record["epoch"] for record in records], run)
 
 
 def open_weights(source: str) -> Probe:
@@ -251,14 +262,23 @@ def open_snapshot(file: Path) -> tuple[ConViT, dict]:
         raise ValueError(f"{file} is no snapshot of train_cifar.py, or is damaged") from error
 
 
-def story(run: Path) -> dict | None:
+def run_flags(run: Path) -> dict:
+    """The flags that a run was trained with; none where its config.json is missing or damaged."""
+    try:
+        flags = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return flags if isinstance(flags, dict) else {}
+
+
+def story(run: Path, name: str) -> dict | None:
     """How a run went, an item an epoch; gates and non-locality by layer and head. None for a run without metrics."""
     lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
     if not lines:
         return None
     heads = {name: [line["heads"][name] for line in lines] for name in ("gate", "non_locality")}
     numbers = {name: [line.get(name) for line in lines] for name in ("test_accuracy", "test_loss", "train_loss")}
-    return {"name": run.name, "epochs": [line["epoch"] for line in lines]} | heads | numbers
+    return {"name": name, "epochs": [line["epoch"] for line in lines]} | heads | numbers
 
 
 def check_upload(file: bytes):

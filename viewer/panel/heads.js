@@ -129,10 +129,10 @@ function paintWall() {
   const wall = find(".wall");
   if (wall.childElementCount !== (run.layers.length + 1) * (heads + 1)) {
     wall.style.gridTemplateColumns = `auto repeat(${heads}, minmax(0, 1fr))`;
-    const names = Array.from({ length: heads }, (_, head) => `<span class="name" role="columnheader">${head + 1}</span>`).join("");
-    wall.innerHTML = `<span role="columnheader">head</span>${names}` + run.layers.map((layer, index) =>
-      `<span role="rowheader">layer ${layer + 1}</span>` + Array.from({ length: heads }, (_, head) =>
-        `<button type="button" class="cell" data-layer="${index}" data-cell="${head}"></button>`).join("")).join("");
+    const names = Array.from({ length: heads }, (_, head) => `<span class="name">${head + 1}</span>`).join("");
+    wall.innerHTML = `<span>head</span>${names}` + run.layers.map((layer, index) =>
+      `<span>layer ${layer + 1}</span>` + Array.from({ length: heads }, (_, head) =>
+        `<button type="button" class="cell" tabindex="-1" data-layer="${index}" data-cell="${head}"></button>`).join("")).join("");
   }
   for (const cell of wall.querySelectorAll(".cell")) {
     const [layer, head] = [Number(cell.dataset.layer), Number(cell.dataset.cell)];
@@ -141,6 +141,7 @@ function paintWall() {
     cell.title = `layer ${run.layers[layer] + 1}, head ${head + 1}: gate ${gate.toFixed(2)}`;
     cell.setAttribute("aria-label", cell.title);
     cell.classList.toggle("of-layer", layer === state.layer);
+    cell.tabIndex = layer === state.layer && head === (state.head ?? 0) ? 0 : -1; // one stop for the Tab key; arrows go on
     cell.classList.toggle("chosen", layer === state.layer && head === state.head);
   }
 }
@@ -161,6 +162,7 @@ function paintChoice(pointed = null) {
 }
 
 function paintGuess() {
+  find(".stale").classList.toggle("absent", state.gates.size === 0 || state.recomputed !== null);
   const guess = state.recomputed?.classes ?? maps.classes[state.checkpoint];
   const both = Boolean(state.recomputed);
   find(".guess").replaceChildren(...guess.map(([name, before, after]) => {

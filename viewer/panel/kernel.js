@@ -9,7 +9,7 @@ function paintKernel() {
   if (state.tab !== "kernel") return;
   const [rows, columns] = run.grid;
   const numbers = kernelNumbers();
-  const [row, column] = [Math.floor(state.query / columns), state.query % columns];
+  const [row, column] = [Math.floor(middlePatch() / columns), middlePatch() % columns];
   const down = axisAttention(numbers[1], numbers[2], row, rows);
   const across = axisAttention(numbers[0], numbers[2], column, columns);
   for (const [name, value] of [["right", kernel.right], ["down", kernel.down], ["strength", kernel.strength]]) {
@@ -86,22 +86,30 @@ function dragKernel(event) {
   const scale = find(".kernel-map").width / box.width;
   const side = (find(".kernel-map").width - MARGIN) / Math.max(...run.grid);
   const place = (client, edge) => ((client - edge) * scale - MARGIN) / side - 0.5;
-  const within = (value) => Math.max(-4, Math.min(4, value));
-  kernel.right = within(place(event.clientX, box.left) - (state.query % run.grid[1]));
-  kernel.down = within(place(event.clientY, box.top) - Math.floor(state.query / run.grid[1]));
+  const within = (value) => Math.max(-3.5, Math.min(3.5, value));
+  const [right, down] = [place(event.clientX, box.left) - (middlePatch() % run.grid[1]), place(event.clientY, box.top) - Math.floor(middlePatch() / run.grid[1])];
+  setKernel({ right: within(right), down: within(down) });
+}
+
+function setKernel(numbers) {
+  Object.assign(kernel, numbers);
+  find(".taken").textContent = "";
   paintKernel();
 }
 
 // The numbers of the head chosen in tab 1; one with a strength below 0 avoids its centre, which this tab cannot show.
 function takeHead() {
-  const head = state.head ?? 0;
+  const { head } = state;
+  if (head === null) {
+    find(".taken").textContent = "None is chosen there yet: click a head’s card first.";
+    return;
+  }
   const [x, y, curvature] = run.v_pos[state.checkpoint][state.layer][head];
   const named = `Head ${head + 1} of layer ${run.layers[state.layer] + 1} at epoch ${run.epochs[state.checkpoint]}`;
   if (curvature >= 0) {
     find(".taken").textContent = `${named} has come to avoid its centre (strength ${(-curvature).toFixed(2)}), so it has no place in this picture.`;
     return;
   }
-  Object.assign(kernel, { strength: -curvature, right: x / (-2 * curvature), down: y / (-2 * curvature) });
+  setKernel({ strength: -curvature, right: x / (-2 * curvature), down: y / (-2 * curvature) });
   find(".taken").textContent = `${named}.`;
-  paintKernel();
 }

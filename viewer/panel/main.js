@@ -2,14 +2,14 @@
 
 const find = (selector) => element.querySelector(selector);
 const findAll = (selector) => element.querySelectorAll(selector);
-const VISITOR = Array.from({ length: 24 }, () => "abcdefghijklmnopqrstuvwxyz"[Math.floor(26 * Math.random())]).join("");
+const VISITOR = visitorName();
 const LARGEST = 10 * 2 ** 20; // bytes of a picture; the server checks, too
 
 const state = {
   tab: "watch", run: "", layer: 0, checkpoint: 0, query: 0, held: false,
   head: null, // the chosen one; null shows the mean of all on the picture
   gates: new Map(), // the visitor's: "layer,head" to a number
-  recomputed: null, // what the model made of them: content maps of this layer and classes
+  recomputed: null, // what the model has made of just these gates: content maps of this layer and classes
   example: null, // the name of the picture, if it is one of the page's
 };
 let run = null; // what the server told of the model
@@ -25,69 +25,77 @@ let playing = null;
 
 // --- the server -------------------------------------------------------------------------------------------------------
 
-// The server's answer, or null after telling what is wrong.
-async function ask(name, question = {}) {
+// The same name for as long as the tab is open, so that what was trained here is found again.
+function visitorName() {
+  const letters = Array.from({ length: 24 }, () => "abcdefghijklmnopqrstuvwxyz"[Math.floor(26 * Math.random())]).join("");
+  try {
+    const name = sessionStorage.getItem("visitor") ?? letters;
+    sessionStorage.setItem("visitor", name);
+    return name;
+  } catch {
+    return letters; // a browser that keeps nothing
+  }
+}
+
+// The server's answer, or null after telling what is wrong; what the page asks by itself is told only where it `tells`.
+async function ask(name, question = {}, tells = true) {
   let answer = null;
   try {
     answer = await server[name]({ run: state.run, ...question });
   } catch { /* told below */ }
-  find(".trouble").textContent = answer ? answer.error ?? "" : "The server does not answer; please try again.";
+  if (tells) find(".trouble").textContent = answer ? answer.error ?? "" : "The server does not answer; please try again.";
   return answer && !answer.error ? answer : null;
 }
 
 // Take over the server's description of a model: at first, for another one, or when new snapshots have come.
-async function readRun() {
-  const answer = await ask("describe");
-  if (!answer) return false;
-  const more = run && run.name === answer.name && run.epochs.length < answer.epochs.length;
-  const atEnd = run && state.checkpoint === run.epochs.length - 1;
+function takeRun(answer) {
   run = answer;
-  run.content = null;
   [heads, patches] = [run.kernel[0] * run.kernel[1], run.grid[0] * run.grid[1]];
   colours = bytes(run.colours);
   distances = Float64Array.from({ length: patches * patches }, (_, pair) => distance(Math.floor(pair / patches), pair % patches, run.grid[1]));
-  if (more && atEnd) state.checkpoint = run.epochs.length - 1; // keep up with a run that goes on
   state.layer = Math.min(state.layer, run.layers.length - 1);
   state.checkpoint = Math.min(state.checkpoint, run.epochs.length - 1);
   if (state.query >= patches) state.query = middlePatch();
   if (state.head !== null && state.head >= heads) state.head = null;
-  return true;
 }
 
 const middlePatch = () => Math.floor(run.grid[0] / 2) * run.grid[1] + Math.floor(run.grid[1] / 2);
 
 // Go to another picture, layer or model: all of the page changes at once, when its maps are here.
 let latest = 0;
-async function go(changes, chosen = picture, loaded = images) {
-  const wish = ++latest;
+async function go(changes, chosen = picture, loaded = images, wish = ++latest) {
   const layer = changes.layer ?? state.layer;
   const answer = await ask("read_layer", { pixels: chosen.pixels, layer });
   if (wish !== latest) return; // the visitor has gone on
   find(".layer").value = answer ? layer : state.layer;
   if (!answer) return;
   [picture, images] = [chosen, loaded];
+  const canvas = find(".picture");
+  const { width, height } = loaded.display;
+  if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
   maps = { ...answer, content: answer.content.map(bytes) };
-  Object.assign(state, { recomputed: null }, changes);
+  Object.assign(state, changes);
+  forgetAnswer();
   state.checkpoint = Math.min(state.checkpoint, maps.content.length - 1);
   paint();
 }
 
 // Show a picture of the page by its name, or a file.
 async function showPicture(name, file = null) {
+  const wish = ++latest;
   if (file && file.size > LARGEST) {
     find(".trouble").textContent = "This file is larger than 10 MB; please choose a smaller picture.";
     return;
   }
   const chosen = await ask("choose", file ? { file: await base64(file) } : { example: name });
-  if (!chosen) return;
+  if (!chosen || wish !== latest) return;
   const loaded = {};
   for (const kind of ["display", "seen"]) {
     loaded[kind] = new Image();
     loaded[kind].src = chosen[kind];
     await loaded[kind].decode();
   }
-  [find(".picture").width, find(".picture").height] = [loaded.display.width, loaded.display.height];
-  await go({ example: file ? null : name }, chosen, loaded);
+  await go({ example: file ? null : name }, chosen, loaded, wish);
 }
 
 async function base64(file) {
@@ -97,14 +105,13 @@ async function base64(file) {
 }
 
 async function showRun(name) {
-  const before = state.run;
+  stop();
+  const answer = await ask("describe", { run: name });
+  find(".runs").value = answer ? name : state.run;
+  if (!answer) return;
   state.run = name;
-  if (!(await readRun())) {
-    state.run = before;
-    find(".runs").value = before;
-    return;
-  }
-  Object.assign(state, { checkpoint: name ? run.epochs.length - 1 : 0, gates: new Map(), recomputed: null, head: null });
+  takeRun(answer);
+  Object.assign(state, { checkpoint: name ? run.epochs.length - 1 : 0, gates: new Map(), head: null });
   buildForRun();
   await showPicture(run.examples[0].name);
 }
@@ -120,7 +127,7 @@ function readAddress() {
   const [row, column] = (address.get("patch") ?? "").split(",").map(Number);
   const inside = row >= 1 && row <= run.grid[0] && column >= 1 && column <= run.grid[1];
   state.query = inside ? (Math.round(row) - 1) * run.grid[1] + Math.round(column) - 1 : middlePatch();
-  state.held = inside;
+  state.held = inside && address.has("held");
   if (["watch", "story", "kernel", "help"].includes(address.get("tab"))) state.tab = address.get("tab");
   const names = run.examples.map((one) => one.name);
   return names.includes(address.get("picture")) ? address.get("picture") : names[0];
@@ -134,6 +141,7 @@ function writeAddress() {
       tab: state.tab, layer: run.layers[state.layer] + 1, epoch: run.epochs[state.checkpoint],
       patch: `${Math.floor(state.query / run.grid[1]) + 1},${(state.query % run.grid[1]) + 1}`,
     });
+    if (state.held) address.set("held", "yes");
     if (state.head !== null) address.set("head", state.head + 1);
     if (state.example) address.set("picture", state.example);
     if (!state.run) history.replaceState(null, "", `#${address}`.replaceAll("%2C", ","));
@@ -149,7 +157,9 @@ function paint() {
   find(".checkpoint").value = state.checkpoint;
   find(".checkpoint").setAttribute("aria-valuetext", `epoch ${run.epochs[state.checkpoint]}`);
   const accuracy = run.story?.test_accuracy[run.story.epochs.indexOf(run.epochs[state.checkpoint])];
-  find(".accuracy").textContent = accuracy === undefined ? "" : `test accuracy ${accuracy.toFixed(1)}%`;
+  const trained = state.gates.size ? ", with trained gates" : "";
+  find(".accuracy").textContent = accuracy === undefined ? "" : `test accuracy ${accuracy.toFixed(1)}%${trained}`;
+  find(".step").disabled = state.checkpoint === run.epochs.length - 1;
   paintQuery();
   paintHeads();
   paintWall();
@@ -169,7 +179,7 @@ function moveQuery(query) {
 
 function showCheckpoint(checkpoint) {
   state.checkpoint = checkpoint;
-  state.recomputed = null;
+  forgetAnswer();
   paint();
 }
 
@@ -207,8 +217,17 @@ function play() {
 
 // --- other gates --------------------------------------------------------------------------------------------------------
 
+let question = 0; // which answer of the model is waited for
+
+// What the model has said, or is about to say, of other gates, or of another view, holds no longer.
+function forgetAnswer() {
+  question++;
+  state.recomputed = null;
+}
+
 function setGate(layer, head, gate) {
   state.gates.set(`${layer},${head}`, gate);
+  forgetAnswer();
 }
 
 function setAllGates(gate) {
@@ -220,9 +239,10 @@ function setAllGates(gate) {
 const wantedGates = () => run.layers.map((_, layer) => Array.from({ length: heads }, (_, head) => gateOf(layer, head)));
 
 async function recompute() {
-  const [checkpoint, layer] = [state.checkpoint, state.layer];
+  const asked = ++question;
+  const { checkpoint, layer } = state;
   const answer = await ask("what_if", { pixels: picture.pixels, layer, checkpoint, gates: wantedGates() });
-  if (!answer || checkpoint !== state.checkpoint || layer !== state.layer) return;
+  if (!answer || asked !== question) return; // the visitor has gone on
   state.recomputed = { ...answer, content: bytes(answer.content) };
   paint();
 }
@@ -239,7 +259,8 @@ async function saveFigure(moving) {
   const button = find(moving ? ".save-moving" : ".save-view");
   button.disabled = true;
   const { layer, checkpoint, query } = state;
-  const answer = await ask("export", { moving, layer, checkpoint, query, pixels: picture.pixels, display: picture.display, gates: wantedGates() });
+  const other = { gates: state.gates.size ? wantedGates() : null, recomputed: Boolean(state.recomputed) };
+  const answer = await ask("export", { moving, layer, checkpoint, query, ...other, pixels: picture.pixels, display: picture.display });
   button.disabled = false;
   if (answer) save(`convit-layer-${run.layers[layer] + 1}.${moving ? "gif" : "png"}`, answer.file);
 }
@@ -255,7 +276,7 @@ function saveGates() {
 let looking = null;
 async function train(wish) {
   clearTimeout(looking);
-  const standing = await ask("train", { visitor: VISITOR, wish });
+  const standing = await ask("train", { visitor: VISITOR, wish }, wish !== "look");
   if (!standing) return void (looking = setTimeout(() => train("look"), 5000));
   const { state: how, place, epoch, epochs, seconds } = standing;
   const busy = how === "waiting" || how === "training";
@@ -264,10 +285,10 @@ async function train(wish) {
   find(".train-progress").hidden = how !== "training";
   find(".train-progress").value = how === "training" ? (epoch + 1) / (epochs + 1) : 0;
   find(".train-words").textContent = {
-    idle: "A nano model on generated patterns, from nothing, on this server: about two minutes on two cores.",
+    idle: "A nano model, from nothing, on this server: about two minutes on two cores. It has to name the texture of the one square whose colour the plain square has.",
     full: "Too many are waiting already; please come back later.",
     waiting: `Someone else's model is being trained; ${place === 1 ? "yours is next" : `${place} are before you`}.`,
-    training: epoch < 0 ? "Starting…" : `Epoch ${epoch} of ${epochs} is done${seconds === null ? "" : `, about ${seconds} s to go`}. Its gates are on show as they change.`,
+    training: epoch < 0 ? "Starting…" : `Epoch ${epoch} of ${epochs} is done${seconds === null ? "" : `, about ${seconds} s to go`}.${state.run === VISITOR ? " Its gates are on show as they change." : ""}`,
     done: `${epoch < epochs ? "Stopped" : "Done"}: its checkpoints are in the slider. Above, choose which model to look at.`,
     failed: "The training ended before its first epoch; please try again.",
   }[how];
@@ -275,20 +296,36 @@ async function train(wish) {
     find(".runs").add(new Option("trained here", VISITOR));
     find(".of-run").classList.remove("absent-always");
   }
-  if (epoch >= 0 && (state.run !== VISITOR ? shownEpoch < 0 : epoch > shownEpoch)) {
+  if (busy && epoch >= 0 && (state.run !== VISITOR ? shownEpoch < 0 : epoch > shownEpoch)) {
     shownEpoch = epoch;
-    find(".runs").value = VISITOR;
     await (state.run === VISITOR ? follow() : showRun(VISITOR));
+    return train("look");
+  }
+  if (how === "done" && state.run === VISITOR && epoch > shownEpoch) {
+    shownEpoch = epoch;
+    await follow();
   }
   if (busy) looking = setTimeout(() => train("look"), 1000);
 }
 let shownEpoch = -1; // of the run trained here; after the first one the visitor is free to look at another model
 
-// New snapshots of a run that goes on.
+async function trainAnew() {
+  if (state.run === VISITOR) await showRun(""); // the earlier model makes room
+  if (find(".runs").options.length > 1) find(".runs").remove(1);
+  find(".of-run").classList.add("absent-always");
+  shownEpoch = -1;
+  train("start");
+}
+
+// New snapshots of a run that goes on; who stands at its end goes along.
 async function follow() {
-  if (!(await readRun())) return;
-  buildForRun();
-  await go({});
+  const of = state.run;
+  const answer = await ask("describe", {}, false);
+  if (!answer || of !== state.run || answer.epochs.length === run.epochs.length) return;
+  const atEnd = state.checkpoint === run.epochs.length - 1;
+  takeRun(answer);
+  find(".checkpoint").max = run.epochs.length - 1;
+  await go(atEnd ? { checkpoint: run.epochs.length - 1 } : {});
 }
 
 // --- controls -----------------------------------------------------------------------------------------------------------
@@ -313,8 +350,9 @@ function patchAt(event) {
 
 function hold(held) {
   state.held = held;
-  find(".hint").textContent = held ? "Held; click this patch again to let go." : "Move over the picture; click to hold a patch.";
+  find(".picture-hint").textContent = held ? "Held; click this patch again to let go." : "Move over the picture, or tap it; a click holds a patch.";
   find(".picture").classList.toggle("held", held);
+  writeAddress();
 }
 
 function onPicture() {
@@ -332,7 +370,9 @@ function onPicture() {
     event.preventDefault();
     if (!move) return;
     const [x, y] = [(state.query % run.grid[1]) + move[0], Math.floor(state.query / run.grid[1]) + move[1]];
-    if (x >= 0 && x < run.grid[1] && y >= 0 && y < run.grid[0]) moveQuery(y * run.grid[1] + x);
+    if (x < 0 || x >= run.grid[1] || y < 0 || y >= run.grid[0]) return;
+    moveQuery(y * run.grid[1] + x);
+    find(".spoken").textContent = `row ${y + 1}, column ${x + 1}`;
   });
 }
 
@@ -368,14 +408,19 @@ function onHeads() {
   });
   side.addEventListener("input", (event) => {
     setGate(state.layer, headOf(event), Number(event.target.value));
-    paintQuery();
-    paintHeads();
-    paintWall();
+    paint();
   });
   find(".wall").addEventListener("click", (event) => {
     const cell = event.target.closest(".cell");
     if (!cell) return;
     go({ layer: Number(cell.dataset.layer), head: Number(cell.dataset.cell) });
+  });
+  find(".wall").addEventListener("keydown", (event) => {
+    const move = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -heads, ArrowDown: heads }[event.key];
+    const cells = [...findAll(".wall .cell")];
+    const next = cells[cells.indexOf(event.target) + (move ?? NaN)];
+    if (move) event.preventDefault();
+    next?.focus();
   });
   find(".wall").addEventListener("pointerover", (event) => {
     const cell = event.target.closest(".cell");
@@ -408,9 +453,10 @@ function onTabs() {
   for (const [index, tab] of tabs.entries()) {
     tab.addEventListener("click", () => showTab(tab.dataset.tab));
     tab.addEventListener("keydown", (event) => {
-      const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      if (!move) return;
-      const other = tabs[(index + move + tabs.length) % tabs.length];
+      const wanted = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: -1 }[event.key];
+      if (wanted === undefined) return;
+      const other = tabs[(wanted + tabs.length) % tabs.length];
+      event.preventDefault();
       other.focus();
       showTab(other.dataset.tab);
     });
@@ -429,13 +475,13 @@ function onControls() {
   on(".mass", "input", (event) => { find(".mass-share").textContent = `${Math.round(100 * event.target.value)}%`; paintQuery(); });
   on(".all-gates", "input", (event) => setAllGates(Number(event.target.value)));
   on(".recompute", "click", recompute);
-  on(".undo", "click", () => { state.gates.clear(); state.recomputed = null; paint(); });
+  on(".undo", "click", () => { state.gates.clear(); forgetAnswer(); paint(); find(".all-gates").focus(); });
   on(".save-view", "click", () => saveFigure(false));
   on(".save-moving", "click", () => saveFigure(true));
   on(".save-gates", "click", saveGates);
-  on(".train", "click", () => { shownEpoch = -1; train("start"); });
+  on(".train", "click", trainAnew);
   on(".train-stop", "click", () => train("stop"));
-  for (const name of ["right", "down", "strength"]) on(`.${name}`, "input", (event) => { kernel[name] = Number(event.target.value); paintKernel(); });
+  for (const name of ["right", "down", "strength"]) on(`.${name}`, "input", (event) => setKernel({ [name]: Number(event.target.value) }));
   on(".kernel-map", "pointerdown", (event) => { event.target.setPointerCapture(event.pointerId); dragKernel(event); });
   on(".kernel-map", "pointermove", (event) => { if (event.buttons) dragKernel(event); });
   on(".take", "click", takeHead);
@@ -444,8 +490,7 @@ function onControls() {
   on(".taps", "click", (event) => {
     const { right, down } = event.target.dataset;
     if (right === undefined) return;
-    Object.assign(kernel, { right: Number(right), down: Number(down), strength: 4 });
-    paintKernel();
+    setKernel({ right: Number(right), down: Number(down), strength: 4 });
   });
 }
 
@@ -457,7 +502,9 @@ function paintRamp() {
 }
 
 async function start() {
-  if (!(await readRun())) return void setTimeout(start, 2000); // the server may be coming back
+  const answer = await ask("describe");
+  if (!answer) return void setTimeout(start, 2000); // the server may be coming back
+  takeRun(answer);
   const name = readAddress();
   find(".runs").add(new Option(run.name, ""));
   find(".of-run").classList.add("absent-always");
@@ -477,5 +524,6 @@ async function start() {
   setInterval(() => { if (!run.finished && !state.run) follow(); }, 5000);
 }
 
+addEventListener("hashchange", () => location.reload()); // a view's address, pasted into the open page
 window.convit = { mapsOf: (head, query) => mapsOf(head, query), pixels: () => picture.pixels, state }; // to check the page from outside
 start();

@@ -23,9 +23,10 @@ function layerSeries(name, layer, withOthers) {
 function paintStory() {
   find(".layer-chart").innerHTML = run.story ? layerChart("gate", run.layers[state.layer], false) : "<p class='hint'>These weights come without their training.</p>";
   if (state.tab !== "story") return;
-  const nothing = "<p class='hint'>These weights come without the story of their training; a run folder (--run) has it.</p>";
+  find(".untold").classList.toggle("absent", run.story !== null);
+  find(".told").classList.toggle("absent", run.story === null);
   const plain = run.story ? run.story.non_locality[0].map((_, layer) => layer) : [];
-  find(".gate-charts").innerHTML = run.story ? run.layers.map((layer) => layerChart("gate", layer, true)).join("") : nothing;
+  find(".gate-charts").innerHTML = run.story ? run.layers.map((layer) => layerChart("gate", layer, true)).join("") : "";
   find(".distance-charts").innerHTML = plain.map((layer) => layerChart("non_locality", layer, true)).join("");
   find(".score-charts").innerHTML = run.story ? scoreCharts() : "";
   paintChoice();
