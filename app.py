@@ -40,7 +40,7 @@ PANEL = HERE / "viewer" / "panel"
 SCRIPTS = ["maps.js", "charts.js", "heads.js", "story.js", "kernel.js", "main.js"]
 EXAMPLES = {"cheetah": "cheetah1.jpg", "lion": "lion.jpg", "bus": "bus.png", "tower": "tower.jpg"}  # ship inside Gradio
 PAGE_CSS = """.gradio-container { overflow: visible !important; }
-@media (max-width: 700px) { .gradio-container > main { padding: 8px !important; } }"""
+@media (max-width: 700px) { .gradio-container .main { padding: 8px !important; } }"""
 REFUSED = "The page and its server do not understand each other; please reload the page."
 
 
