@@ -132,9 +132,9 @@ def answered(function):
     def answer(asked: dict) -> dict:
         try:
             return function(asked)
-        except (ValueError, FileNotFoundError) as problem:
+        except ValueError as problem:
             return {"error": str(problem)}
-        except (KeyError, TypeError, IndexError, AttributeError):
+        except (KeyError, TypeError, IndexError, AttributeError, FileNotFoundError):
             return {"error": REFUSED}
 
     return answer

@@ -194,9 +194,7 @@ def main():
                 "own picture to maps, 0.5 megapixels": (uploads(page, photo(800, 600)), 500),
                 "own picture to maps, 12 megapixels": (uploads(page, photo(4000, 3000)), 500),
             }
-            page.goto(address + "/#layer=5&head=5&epoch=14")
-            page.reload()
-            page.wait_for_selector(".panel:not(.loading)")
+            page, _ = open_page(browser, address + "/#layer=5&head=5&epoch=14")
             page.screenshot(path=given.out / "viewer.png")
             version = browser.version
             browser.close()
