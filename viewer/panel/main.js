@@ -285,7 +285,7 @@ async function train(wish) {
   find(".train-progress").hidden = how !== "training";
   find(".train-progress").value = how === "training" ? (epoch + 1) / (epochs + 1) : 0;
   find(".train-words").textContent = {
-    idle: "A nano model, from nothing, on this server: about two minutes on two cores. It has to name the texture of the one square whose colour the plain square has.",
+    idle: "A nano model, from nothing, on this server: two to three minutes on two cores. It has to name the texture of the one square whose colour the plain square has.",
     full: "Too many are waiting already; please come back later.",
     waiting: `Someone else's model is being trained; ${place === 1 ? "yours is next" : `${place} are before you`}.`,
     training: epoch < 0 ? "Starting…" : `Epoch ${epoch} of ${epochs} is done${seconds === null ? "" : `, about ${seconds} s to go`}.${state.run === VISITOR ? " Its gates are on show as they change." : ""}`,
