@@ -37,7 +37,7 @@ from viewer.trainer import Trainer
 
 HERE = Path(__file__).parent
 PANEL = HERE / "viewer" / "panel"
-SCRIPTS = ["maps.js", "charts.js", "heads.js", "story.js", "kernel.js", "main.js"]
+SCRIPTS = ["maps.js", "charts.js", "heads.js", "story.js", "kernel.js", "train.js", "controls.js", "main.js"]
 EXAMPLES = {"cheetah": "cheetah1.jpg", "lion": "lion.jpg", "bus": "bus.png", "tower": "tower.jpg"}  # ship inside Gradio
 PAGE_CSS = """.gradio-container { overflow: visible !important; }
 @media (max-width: 700px) { .gradio-container .main { padding: 8px !important; } }"""
