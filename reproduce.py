@@ -34,7 +34,7 @@ from train_cifar import Config
 from training.data import DATASETS, Pictures, guess_dataset, load_pictures, test_batches
 from training.flags import as_flags, at_least
 from training.loop import evaluate
-from viewer.probe import open_snapshot
+from viewer.probe import open_snapshot, snapshots
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -195,14 +195,6 @@ def train_grids(names: list[str], given: argparse.Namespace):
         rate = max(RATES, key=scores.get)
         print(f"the learning rate is {rate:g}\n")
     complete(names, rate, given)
-
-
-def snapshots(run: Path) -> list[Path]:
-    """The weights that a run has kept, by epoch. Raises FileNotFoundError where there are none."""
-    files = sorted((run / "snapshots").glob("epoch_*.pt"))
-    if not files:
-        raise FileNotFoundError(f"{run} holds no snapshots; give a run folder of train_cifar.py with --run")
-    return files
 
 
 def test_pictures(model: ConViT, given: argparse.Namespace) -> Pictures:

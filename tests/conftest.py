@@ -11,6 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,3 +117,14 @@ def visiting(browser, address: str, width: int = 1440):
     assert not errors
     own = re.match(r"http://[^/]+", address)[0]
     assert all(url.startswith((own, "data:", "blob:")) for url in requests), requests
+
+
+def assert_maps(page, attention, places):
+    """The maps that the page computes, of these (head, query), are those of a HeadAttention to one step of a byte."""
+    expected = {"position": attention.position, "content": attention.content[0], "mixed": attention.mixed[0]}
+    for head, query in places:
+        shown = page.evaluate("([head, query]) => convit.mapsOf(head, query)", [head, query])
+        step = attention.content[0, head].max().item() / 255  # content comes as bytes
+        for name, reference in expected.items():
+            values = list(shown[name].values()) if isinstance(shown[name], dict) else shown[name]
+            np.testing.assert_allclose(values, reference[head, query].numpy(), atol=step + 1e-5)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, serving, visiting
+from conftest import DEMO, assert_maps, serving, visiting
 from PIL import Image
 
 from convit_min import ConViT, ConViTConfig, load_weights, normalise
@@ -217,16 +217,6 @@ def test_the_maps_of_the_browser_are_the_models(page):
     with torch.no_grad():
         heads = model(seen(page), return_attention=True)[1][model.config.gpsa_layers - 1]
     assert_maps(page, heads, [(0, 0), (4, 27), (8, 63)])
-
-
-def assert_maps(page, attention, places):
-    expected = {"position": attention.position, "content": attention.content[0], "mixed": attention.mixed[0]}
-    for head, query in places:
-        shown = page.evaluate("([head, query]) => convit.mapsOf(head, query)", [head, query])
-        step = attention.content[0, head].max().item() / 255  # content comes as bytes
-        for name, reference in expected.items():
-            values = list(shown[name].values()) if isinstance(shown[name], dict) else shown[name]
-            np.testing.assert_allclose(values, reference[head, query].numpy(), atol=step + 1e-5)
 
 
 def test_the_address_brings_a_view_back(page, browser, server):

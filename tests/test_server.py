@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESSES, ROOT, perturb, serving, visiting
+from conftest import PROCESSES, ROOT, assert_maps, perturb, serving, visiting
 from PIL import Image
 
 import app
@@ -75,13 +75,7 @@ def test_any_grid_and_kernel_is_shown_right_and_a_run_that_goes_on_is_followed(b
         raw = np.frombuffer(base64.b64decode(page.evaluate("convit.pixels()")), dtype=np.uint8).reshape(32, 48, 3)
         with torch.no_grad():
             attention = model(normalise(torch.tensor(raw).permute(2, 0, 1)[None]), return_attention=True)[1][1]
-        expected = {"position": attention.position, "content": attention.content[0], "mixed": attention.mixed[0]}
-        for head, query in ((0, 0), (3, 10), (5, 23)):
-            shown = page.evaluate("([head, query]) => convit.mapsOf(head, query)", [head, query])
-            for kind, reference in expected.items():
-                values = list(shown[kind].values()) if isinstance(shown[kind], dict) else shown[kind]
-                step = attention.content[0, head].max().item() / 255
-                np.testing.assert_allclose(values, reference[head, query], atol=step + 1e-5)
+        assert_maps(page, attention, [(0, 0), (3, 10), (5, 23)])
         page.locator(".picture").click(position={"x": page.locator(".picture").bounding_box()["width"] - 3, "y": 3})
         assert page.evaluate("convit.state.query") == 5  # the last patch of the first row
         page.get_by_role("tab", name="Training story").click()

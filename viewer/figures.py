@@ -117,7 +117,7 @@ def draw(
 
 def draw_gates(axes, probe: Probe, layer: int, checkpoint: int):
     """The gate of every head of a layer over the checkpoints, with a line at the one on show."""
-    gates = np.array(probe.description()["gate"])[:, layer]  # checkpoint, head
+    gates = probe.gates()[:, layer].numpy()  # checkpoint, head
     places = np.arange(len(gates))
     for head in gates.T:
         axes.plot(places, head, color=GATES(head[-1]), linewidth=1.6, marker="o", markersize=3)

@@ -77,7 +77,8 @@ class Probe:
     @in_turn
     def refresh(self):
         """Open the snapshots that a run has written since."""
-        for file in snapshots(self.run)[len(self.models) :] if self.run else []:
+        gone = self.run is None or not self.run.exists()
+        for file in [] if gone else snapshots(self.run)[len(self.models) :]:
             model, record = open_snapshot(file)
             self.models.append(model)
             self.epochs.append(record["epoch"])
@@ -94,12 +95,16 @@ class Probe:
             "classes": self.classes,
             "epochs": self.epochs[: len(models)],
             "finished": self.finished(),
-            "gate": torch.stack([gates(model)[self.layers] for model in models]).tolist(),
+            "gate": self.gates()[: len(models)].tolist(),
             "v_pos": [[model.blocks[layer].attn.pos_proj.weight.tolist() for layer in self.layers] for model in models],
             "story": story(self.run, self.name) if self.run else None,
             "uniform": uniform_non_locality(self.config.grid),
             "colours": base64.b64encode(colormaps["viridis"](np.arange(256), bytes=True)[:, :3].tobytes()).decode(),
         }
+
+    def gates(self) -> Tensor:
+        """The gate of every head at every checkpoint (t l h)."""
+        return torch.stack([gates(model)[self.layers] for model in self.models])
 
     def finished(self) -> bool:
         """Whether no more snapshots are to come."""
@@ -217,10 +222,7 @@ def open_run(run: Path, name: str | None = None) -> Probe:
 
     Raises FileNotFoundError or ValueError, in one sentence, where there are none.
     """
-    files = snapshots(run)
-    if not files:
-        raise FileNotFoundError(f"{run} holds no snapshots; give a run folder of train_cifar.py with --run")
-    models, records = zip(*map(open_snapshot, files), strict=True)
+    models, records = zip(*map(open_snapshot, snapshots(run)), strict=True)
     return Probe(name or run.name, records[-1]["classes"], list(models), [record["epoch"] for record in records], run)
 
 
@@ -247,8 +249,11 @@ def open_weights(source: str) -> Probe:
 
 
 def snapshots(run: Path) -> list[Path]:
-    """The snapshot files of a run folder, the earliest first."""
-    return sorted((run / "snapshots").glob("epoch_*.pt"))
+    """The snapshot files of a run folder, the earliest first. Raises FileNotFoundError where there are none."""
+    files = sorted((run / "snapshots").glob("epoch_*.pt"))
+    if not files:
+        raise FileNotFoundError(f"{run} holds no snapshots; give a run folder of train_cifar.py with --run")
+    return files
 
 
 def open_snapshot(file: Path) -> tuple[ConViT, dict]:

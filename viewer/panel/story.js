@@ -4,6 +4,9 @@ const OTHERS = ["#8a6d00", "#a0438f", "#00795c"]; // of runs compared; each also
 const DASHES = ["6 3", "2 2", "8 2 2 2"];
 const meanOf = (values) => (values[0] === null ? null : values.reduce((sum, value) => sum + value, 0) / values.length);
 
+// Of the run on show (0), and of those beside it.
+const styleOf = (index) => (index ? { colour: OTHERS[(index - 1) % OTHERS.length], dash: DASHES[(index - 1) % DASHES.length] } : { colour: "var(--body-text-color)", dash: "" });
+
 // The curves of one layer: every head thin, their mean thick, other runs' means dashed.
 function layerSeries(name, layer, withOthers) {
   const { epochs, [name]: values } = run.story;
@@ -13,8 +16,7 @@ function layerSeries(name, layer, withOthers) {
     values: values.map((layers) => layers[layer][head]),
   }));
   const means = [run.story, ...(withOthers ? run.others : [])].map((story, index) => ({
-    epochs: story.epochs, name: `${story.name}: mean`, width: 2.5,
-    colour: index ? OTHERS[(index - 1) % OTHERS.length] : "var(--body-text-color)", dash: index ? DASHES[(index - 1) % DASHES.length] : "",
+    epochs: story.epochs, name: `${story.name}: mean`, width: 2.5, ...styleOf(index),
     values: story[name].map((layers) => (layers[layer] ? meanOf(layers[layer]) : null)),
   }));
   return [...thin, ...means];
@@ -42,13 +44,12 @@ function layerChart(name, layer, withOthers) {
 
 function scoreCharts() {
   const stories = [run.story, ...run.others];
-  const of = (name, title, dashes) => stories.map((story, index) => ({
-    epochs: story.epochs, values: story[name], name: `${story.name}: ${title}`, width: 2.2,
-    colour: index ? OTHERS[(index - 1) % OTHERS.length] : "var(--body-text-color)", dash: dashes ?? (index ? DASHES[(index - 1) % DASHES.length] : ""),
+  const of = (name, title) => stories.map((story, index) => ({
+    epochs: story.epochs, values: story[name], name: `${story.name}: ${title}`, width: 2.2, ...styleOf(index),
   }));
   const losses = stories.flatMap((story) => [...story.test_loss, ...story.train_loss]).filter((value) => value !== null);
   const names = stories.map((story, index) =>
-    `<li><svg viewBox="0 0 30 8" aria-hidden="true"><line x1="0" x2="30" y1="4" y2="4" style="stroke: ${index ? OTHERS[(index - 1) % OTHERS.length] : "var(--body-text-color)"}" stroke-width="2.5" stroke-dasharray="${index ? DASHES[(index - 1) % DASHES.length] : ""}"/></svg>${escape(story.name)}</li>`);
+    `<li><svg viewBox="0 0 30 8" aria-hidden="true"><line x1="0" x2="30" y1="4" y2="4" style="stroke: ${styleOf(index).colour}" stroke-width="2.5" stroke-dasharray="${styleOf(index).dash}"/></svg>${escape(story.name)}</li>`);
   return chart({ ...axis(true), title: "test accuracy, %", series: of("test_accuracy", "test accuracy"), high: 100 }) +
     chart({ ...axis(true), title: "loss: test, and thin in training", high: Math.ceil(Math.max(...losses)), series: [...of("test_loss", "test loss"), ...of("train_loss", "training loss").map((one) => ({ ...one, width: 1 }))] }) +
     (run.others.length ? `<ul class="names">${names.join("")}</ul>` : "");
