@@ -56,7 +56,7 @@ class Scale:
 # fmt: off
 SCALES = {
     "smoke":  Scale("convit_cifar_nano",   4,    3,  2, 1, 1, 2, {"img_size": 16}),  # for tests
-    "laptop": Scale("convit_cifar_nano",  64,  500,  4, 1, 1, 2),
+    "laptop": Scale("convit_cifar_nano",  32,  500,  4, 1, 1, 2, {"amp": "bf16"}),
     "gpu":    Scale("convit_cifar",      512, 1000, 20, 5, 3, 3, {"device": "cuda", "amp": "bf16", "compile": True}),
 }
 # fmt: on

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from convit_min import ConViTConfig
 
@@ -52,6 +53,19 @@ def perturb(model: torch.nn.Module) -> torch.nn.Module:
             scale = 1.0 if name.endswith(("gating_param", "pos_proj.weight", "pos_proj.bias")) else 0.02
             parameter.add_(torch.randn_like(parameter), alpha=scale)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> Path:
+    """96 training and 16 test pictures of two classes, hard to tell apart."""
+    root, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, least, *counts in (("bright", 8, 48, 10), ("dark", 0, 48, 6)):
+        for split, count in zip(("train", "test"), counts, strict=True):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(least, 240, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root
 
 
 @contextlib.contextmanager

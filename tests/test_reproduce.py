@@ -32,19 +32,6 @@ server.set_forkserver_preload(["reproduce", "train_imagenet"])  # test_faults.py
 WORDS = ["sample-efficiency", "--scale", "smoke", "--lr", "0.001", "--data-dir"]
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    """96 training and 16 test pictures of two classes, hard to tell apart."""
-    root, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for name, least, *counts in (("bright", 8, 48, 10), ("dark", 0, 48, 6)):
-        for split, count in zip(("train", "test"), counts, strict=True):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = random.integers(least, 240, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
-    return root
-
-
 def run_in(folder: Path, log: Path, *words):
     """In a process of its own: `python reproduce.py WORDS` in a folder, without the plots of every run."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -207,7 +194,7 @@ def test_held_back_pictures_choose_and_a_spread_is_of_several_seeds(reproduced):
         with Image.open(file.with_suffix(".png")) as picture:
             picture.verify()
         table = file.with_suffix(".md").read_text()
-        assert "learning rate 0.001." in table and "2000 steps of 64" in table
+        assert "learning rate 0.001." in table and "2000 steps of 32" in table
         record = json.loads(file.with_suffix(".json").read_text())
         for cell in record["cells"]:
             accuracy = expected[name, (cell["row"], cell["column"])]
