@@ -46,7 +46,9 @@ REFUSED = "The page and its server do not understand each other; please reload t
 
 def build(probe: Probe, compare: list[Path] = ()) -> gr.Blocks:
     """The page for a model, with the curves of other runs beside its own. Raises ValueError for runs without any."""
-    others = [story(run, run.name) for run in compare]
+    names = [probe.name, *(run.name for run in compare)]
+    longer = {run: f"{run.parent.name}/{run.name}" for run in compare}  # tells runs of one name apart
+    others = [story(run, run.name if names.count(run.name) == 1 else longer[run]) for run in compare]
     if None in others:
         raise ValueError(f"{compare[others.index(None)]} holds no metrics.jsonl; give run folders with --compare")
     trainer, trained = Trainer(), {}
@@ -173,7 +175,8 @@ def main():
     parser.add_argument(
         "--compare", nargs="+", type=Path, default=[], metavar="RUN", help="runs to show curves of, too"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # a Hugging Face Space sets this
+    parser.add_argument("--host", default=host, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
     given = parser.parse_args()
     torch.set_num_threads(2)
@@ -188,7 +191,8 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that what visitors train ends, too
     # fmt: off
     page.launch(server_name=given.host, server_port=given.port, footer_links=[], quiet=True, run_history=False,
-                css=PAGE_CSS, share=False, prevent_thread_lock=True, app_kwargs={"middleware": [Middleware(Guard)]})
+                css=PAGE_CSS, share=False, ssr_mode=False, prevent_thread_lock=True,
+                app_kwargs={"middleware": [Middleware(Guard)]})
     # fmt: on
     print(f"The page is at {page.local_url} (Ctrl-C ends it)", flush=True)
     page.block_thread()

@@ -101,8 +101,9 @@ def train(config: Config):
     except (ValueError, OSError) as error:
         distributed.leave(str(error))
 
-    distributed.say(f"{config.dataset} in {config.data_dir}: {count} training and {len(test_set.labels)} test pictures "
-                    f"of {len(classes)} classes; {config.model}, {device}")  # fmt: skip
+    kind = "held-back" if config.hold_out else "test"
+    distributed.say(f"{config.dataset} in {config.data_dir}: {count} training and {len(test_set.labels)} {kind} "
+                    f"pictures of {len(classes)} classes; {config.model}, {device}")  # fmt: skip
     if state["epoch"] > epochs:
         return distributed.say(f"{run} has done its {epochs} epochs already; a larger --epochs goes on")
     parallel = DistributedDataParallel(model) if distributed.world_size() > 1 else model

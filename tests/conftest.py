@@ -69,8 +69,11 @@ def tree(tmp_path_factory) -> Path:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *flags):
-    """app.py as `python app.py` runs it, on a free port and from another folder; its connections go to watch.txt."""
+def serving(folder: Path, *flags, space: bool = False):
+    """app.py as `python app.py` runs it, on a free port and from another folder; its connections go to watch.txt.
+
+    With `space` the address comes the way a Hugging Face Space gives it.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -78,7 +81,11 @@ def serving(folder: Path, *flags):
     environment = os.environ | {"PYTHONPATH": str(folder), "WATCH_FILE": str(folder / "watch.txt"),
                                 "TMPDIR": str(folder), "GRADIO_TEMP_DIR": str(folder / "gradio")}  # fmt: skip
     environment.pop("GRADIO_ANALYTICS_ENABLED", None)  # app.py itself must see to it
-    command = [sys.executable, ROOT / "app.py", "--port", str(port), *map(str, flags)]
+    if space:
+        environment |= {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SERVER_PORT": str(port), "GRADIO_NUM_PORTS": "1"}
+    else:
+        flags = ["--port", port, *flags]
+    command = [sys.executable, ROOT / "app.py", *map(str, flags)]
     with open(folder / "server.log", "w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
@@ -99,7 +106,7 @@ def serving(folder: Path, *flags):
     assert not list(folder.glob("convit-page-*")), "runs of visitors are left behind"
     assert "Traceback" not in (folder / "server.log").read_text()
     outbound = [line for line in (folder / "watch.txt").read_text().splitlines()
-                if not re.search(r"127\.0\.0\.1|localhost|'::1'|^socket.connect /", line)]  # fmt: skip
+                if not re.search(r"127\.0\.0\.1|0\.0\.0\.0|localhost|'::1'|^socket.connect /", line)]  # fmt: skip
     assert not outbound
 
 

@@ -191,6 +191,7 @@ def test_other_gates_remix_at_once_and_the_model_answers(page):
     page.locator(".undo").click()  # before the answer has come
     page.wait_for_timeout(500)
     assert gates(page) == trained and maps(page) == before and page.locator(".guess .was").count() == 0
+    assert page.locator(".all-gates").input_value() == "0.73"
 
 
 def last_file() -> Path:

@@ -51,14 +51,16 @@ def oblong(tmp_path_factory) -> Path:
     (run / "config.json").write_text('{"epochs": 4, "dataset": "folder"}')
     add_epoch(run, perturb(model), 1)
     plain = run.parent / "plain ViT"
-    add_epoch(plain, ConViT(dataclasses.replace(OBLONG, gpsa_layers=0)).eval(), 0)
+    for other in (plain, run.parent / "again" / run.name):
+        add_epoch(other, ConViT(dataclasses.replace(OBLONG, gpsa_layers=0)).eval(), 0)
     return run
 
 
 @pytest.fixture(scope="module")
 def server(oblong, tmp_path_factory):
-    """The page of that run, with a plain ViT's curves beside it."""
-    flags = ["--run", oblong, "--compare", oblong.parent / "plain ViT", "--host", "localhost"]
+    """The page of that run, with the curves of two others beside it, one of its own name."""
+    others = [oblong.parent / "plain ViT", oblong.parent / "again" / oblong.name]
+    flags = ["--run", oblong, "--compare", *others, "--host", "localhost"]
     with serving(tmp_path_factory.mktemp("elsewhere"), *flags) as address:
         yield address
 
@@ -79,7 +81,7 @@ def test_any_grid_and_kernel_is_shown_right_and_a_run_that_goes_on_is_followed(b
         page.locator(".picture").click(position={"x": page.locator(".picture").bounding_box()["width"] - 3, "y": 3})
         assert page.evaluate("convit.state.query") == 5  # the last patch of the first row
         page.get_by_role("tab", name="Training story").click()
-        assert page.locator(".names li").all_inner_texts() == ["oblong <b>run", "plain ViT"]
+        assert page.locator(".names li").all_inner_texts() == ["oblong <b>run", "plain ViT", "again/oblong <b>run"]
         assert page.locator(".score-charts figure").count() == 2
 
         add_epoch(oblong, perturb(model), 2)

@@ -145,7 +145,13 @@ function onControls() {
   on(".mass", "input", (event) => { find(".mass-share").textContent = `${Math.round(100 * event.target.value)}%`; paintQuery(); });
   on(".all-gates", "input", (event) => setAllGates(Number(event.target.value)));
   on(".recompute", "click", recompute);
-  on(".undo", "click", () => { state.gates.clear(); forgetAnswer(); paint(); find(".all-gates").focus(); });
+  on(".undo", "click", () => {
+    state.gates.clear();
+    forgetAnswer();
+    paint();
+    find(".all-gates").value = find(".all-gates").defaultValue;
+    find(".all-gates").focus();
+  });
   on(".save-view", "click", () => saveFigure(false));
   on(".save-moving", "click", () => saveFigure(true));
   on(".save-gates", "click", saveGates);
