@@ -83,6 +83,7 @@ def serving(folder: Path, *flags, space: bool = False):
     environment.pop("GRADIO_ANALYTICS_ENABLED", None)  # app.py itself must see to it
     if space:
         environment |= {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SERVER_PORT": str(port), "GRADIO_NUM_PORTS": "1"}
+        (folder / "watch.txt").touch()  # it may connect to nobody; elsewhere Gradio at least sees whether it is up
     else:
         flags = ["--port", port, *flags]
     command = [sys.executable, ROOT / "app.py", *map(str, flags)]
