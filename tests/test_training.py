@@ -333,10 +333,10 @@ def test_ema_is_a_moving_average():
 
 
 def test_snapshot_epochs():
-    assert checkpoint.snapshot_epochs(1) == {0, 1}
-    many = sorted(checkpoint.snapshot_epochs(300))
-    assert many[:3] == [0, 1, 2] and many[-1] == 300 and 12 <= len(many) <= 16
-    assert max(after / before for before, after in itertools.pairwise(many[5:])) < 1.7
+    for epochs in (1, 2, 14, 15, 16, 24, 300):
+        chosen = sorted(checkpoint.snapshot_epochs(epochs))
+        assert len(chosen) == min(16, epochs + 1) and chosen[:2] == [0, 1] and chosen[-1] == epochs
+    assert max(after / before for before, after in itertools.pairwise(chosen[5:])) < 1.7
 
 
 @pytest.fixture

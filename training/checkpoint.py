@@ -149,8 +149,12 @@ def resume(run: Path, parts: dict, config: RunConfig, device: torch.device) -> d
 
 
 def snapshot_epochs(epochs: int, count: int = 16) -> set[int]:
-    """Epochs of which to keep a snapshot: 0, 1 and the last, and up to count in all, about even on a log scale."""
-    return {0} | {round(epochs ** (i / (count - 2))) for i in range(count - 1)}
+    """Epochs of which to keep a snapshot: count of them, 0, 1 and the last among them, about even on a log scale."""
+    chosen = [0, 1]
+    while len(chosen) < min(count, epochs + 1):
+        last, left = chosen[-1], count - len(chosen)
+        chosen.append(max(last + 1, round(last * (epochs / last) ** (1 / left))))
+    return set(chosen)
 
 
 def provenance(device: torch.device) -> dict:
