@@ -337,7 +337,7 @@ def test_files_to_keep(page, tmp_path):
     with Image.open(download(".save-moving")) as moving:
         assert moving.format == "GIF" and moving.n_frames == 1 + int(page.locator(".checkpoint").get_attribute("max"))
     lines = list(csv.DictReader(download(".save-gates").open()))
-    shown = [float(line["gate"]) for line in lines if line["layer"] == "5" and line["epoch"] == "14"]
+    shown = [float(line["gate"]) for line in lines if line["layer"] == "5" and line["epoch"] == lines[-1]["epoch"]]
     np.testing.assert_allclose(shown, gates(page), atol=5e-4)
 
 
@@ -397,4 +397,4 @@ def test_a_visitor_trains_a_model_others_wait_and_its_checkpoints_appear(page, b
     page.wait_for_selector("text=its checkpoints are in the slider")
     page.locator(".runs").select_option("")
     page.wait_for_selector("[data-example=lion]")
-    assert page.locator(".checkpoint").get_attribute("max") == "7"
+    assert page.locator(".checkpoint").get_attribute("max") == str(len(list((DEMO / "snapshots").iterdir())) - 1)
