@@ -27,7 +27,7 @@ from training import checkpoint
 from training.augment import colour_jitter, erase, flip, mix, shift
 from training.data import CIFAR, Pictures, epoch_order, hold_out, load_cifar, load_folder, subset
 from training.files import random_resized_crop
-from training.loop import ema_average, learning_rate, parameter_groups
+from training.loop import autocast, ema_average, learning_rate, parameter_groups
 from training.patterns import patterns
 
 ROOT = Path(__file__).parent.parent
@@ -330,6 +330,19 @@ def test_ema_is_a_moving_average():
     assert after(0.9, 0.0, [10_000]) == pytest.approx(0.1)
     assert after(0.999, 0.0, [0]) == pytest.approx(0.9)
     assert after(0.0, 0.0, [5]) == 1
+
+
+def test_bf16_on_a_cpu_uses_explicit_attention_and_gets_the_same_gradients():
+    model, images = create_model("convit_cifar_nano"), torch.randn(4, 3, 32, 32)
+    gradients, kernels = {}, {}
+    for amp in ("off", "bf16"):
+        model.zero_grad()
+        with torch.profiler.profile() as profile, autocast(torch.device("cpu"), amp):
+            model(images).logsumexp(1).sum().backward()
+        kernels[amp] = {event.key for event in profile.key_averages() if "scaled_dot_product" in event.key}
+        gradients[amp] = torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
+    assert kernels["off"] and not kernels["bf16"]
+    assert torch.nn.functional.cosine_similarity(*gradients.values(), dim=0) > 0.999
 
 
 def test_snapshot_epochs():
