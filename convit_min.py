@@ -61,7 +61,7 @@ class ConViTConfig:
     locality_strength: float = 1.0  # alpha of the initial Gaussians, about 1 / sqrt(alpha) patches wide
     conv_init: bool = True  # False: position and values start at random (Table 3: "no conv init")
     gate_init: float = 1.0  # gating_param before training, a logit: sigmoid(1) = 0.73, position leads
-    gating: str = "learned"  # "frozen" keeps gating_param at gate_init (Table 3: "no gating")
+    gating: str = "learned"  # "frozen" keeps gating_param at gate_init (Table 3: "no gating", with gate_init=0)
     pool: str = "token"  # what the head reads: the class "token", or the "mean" of the patches
 
     def __post_init__(self):
@@ -157,9 +157,10 @@ class GPSA(nn.Module):
 
     @torch.no_grad()
     def convolutional_init(self, locality_strength: float):
-        """Head h becomes tap h of a kernel: v_pos = alpha (2 Delta_x, 2 Delta_y, -1), and v the identity (Eq. 5).
+        """Head h becomes tap h of a kernel (Eq. 5): v_pos = alpha (2 Delta_x, 2 Delta_y, -1); v's weight the identity.
 
-        Taps run down the columns of the kernel, column by column, as in released weights.
+        Then v_pos . r = -alpha |(dx, dy) - Delta|^2 + a constant: a Gaussian around the tap Delta. Taps run down the
+        columns of the kernel, as in released weights; an even number of them lie half-way between patches.
         """
         rows, columns = kernel_shape(self.num_heads)
         head = torch.arange(self.num_heads)
@@ -174,13 +175,13 @@ class GPSA(nn.Module):
         return axis_attention(slope_y, curvature, height), axis_attention(slope_x, curvature, width)
 
     def forward(self, x: Tensor, return_attention: bool = False) -> tuple[Tensor, HeadAttention | None]:
-        _, height, width, _ = x.shape
+        _, height, width, _ = x.shape  # in patches
         q, k = rearrange(self.qk(x), "b Y X (two h d) -> two b h (Y X) d", two=2, h=self.num_heads)
-        v = rearrange(self.v(x), "b Y X (h d) -> b h Y (X d)", h=self.num_heads)
+        v = rearrange(self.v(x), "b y x (h d) -> b h y (x d)", h=self.num_heads)
         position_y, position_x = self.position_attention(height, width)
         gate = self.gating_param.sigmoid()
 
-        c_v = F.scaled_dot_product_attention(q, k, rearrange(v, "b h Y (X d) -> b h (Y X) d", X=width))
+        c_v = F.scaled_dot_product_attention(q, k, rearrange(v, "b h y (x d) -> b h (y x) d", x=width))
         c_v = rearrange(c_v, "b h (Y X) d -> b Y X (h d)", Y=height)
         gp_v = (gate[:, None, None] * position_y).to(v.dtype) @ v  # g P v: the gate goes into the small factor
         gp_v = position_x.to(v.dtype)[:, None] @ rearrange(gp_v, "b h Y (x d) -> b h Y x d", x=width)
@@ -265,7 +266,7 @@ class ConViT(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.head = nn.Linear(config.dim, config.num_classes) if config.num_classes else nn.Identity()
 
-        for name, parameter in self.named_parameters():  # norms and the convolution start as PyTorch has them
+        for name, parameter in self.named_parameters():  # norms and patch_embed start as PyTorch has them
             if name in ("pos_embed", "cls_token") or (name.endswith("weight") and parameter.ndim == 2):
                 nn.init.trunc_normal_(parameter, std=0.02)
             elif name.endswith("bias") and not name.startswith("patch_embed"):
@@ -282,7 +283,7 @@ class ConViT(nn.Module):
         """
         (height, width), patch = images.shape[-2:], self.config.patch_size
         require(not (height % patch or width % patch), f"{height} x {width} pixels cannot be cut by patch_size={patch}")
-        x = rearrange(self.patch_embed(images), "b c Y X -> b Y X c").contiguous()  # else every block would copy it
+        x = rearrange(self.patch_embed(images), "b c Y X -> b Y X c").contiguous()  # or each block makes this copy
         x = x + resize_pos_embed(self.pos_embed, self.config.grid, x.shape[1:3])
         attention = []
         for index, block in enumerate(self.blocks):
@@ -312,7 +313,7 @@ def freeze_gpsa(model: ConViT):
 
 
 def normalise(pictures: Tensor) -> Tensor:
-    """Scale pictures of 0..255 (b 3 H W) to what all models here expect: ImageNet's mean 0, its deviation 1."""
+    """Scale pictures of 0..255 (b 3 H W) to what all models here expect: ImageNet then has mean 0 and deviation 1."""
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=pictures.device)[..., None, None]
     return (pictures / 255 - mean) / std
 
