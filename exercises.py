@@ -109,11 +109,11 @@ def train(exercise: Exercise, seed: int, data_dir: str):
 
 
 def write_table(exercises: list[Exercise], seeds: int):
-    """Write table, picture and numbers of all exercises of which so many seeds are finished."""
+    """Write table, picture and numbers of all exercises, from the seeds that are finished."""
     cells, made = {}, []
     for exercise in exercises:
-        runs = [exercise.folder(seed) for seed in range(seeds)]
-        if all(finished(exercise, seed) for seed in range(seeds)):
+        runs = [exercise.folder(seed) for seed in range(seeds) if finished(exercise, seed)]
+        if runs:
             cells[f"{exercise.number}. {exercise.title}", "10%"] = report.outcome(runs) | heads_after(runs)
             made += [entry for run in runs for entry in json.loads((run / "provenance.json").read_text())]
     table = []

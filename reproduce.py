@@ -4,7 +4,7 @@
     python reproduce.py ablation                Table 3: without gating, without convolutional init, GPSA frozen ...
     python reproduce.py locality                Fig. 8: number of GPSA layers, strength of the convolutional init
     python reproduce.py all                     all three; a run that several of them need is trained once
-    python reproduce.py gates --run DIR         Figs. 5 and 6 of any run, by default demo/; nothing is trained
+    python reproduce.py gates --run DIR         Figs. 5 to 7 of any run, by default demo/; nothing is trained
     python reproduce.py masking --run DIR       Tables 5 and 6 of any run, by default demo/; nothing is trained
 
 The first four train grids of runs of train_cifar.py, all of the same number of steps: 4 to 5 hours in all on two CPU
