@@ -1,6 +1,6 @@
 """Do the exercises of EXERCISES.md: train the model with each change, and put what comes out into one table.
 
-    python exercises.py                 all that are not done yet, two seeds each: two hours or so on two CPU cores
+    python exercises.py                 all that are not done yet, two seeds each: about an hour on two CPU cores
     python exercises.py 3 8 --seeds 1   some of them
 
 The changes are those in the text: every ```diff of a section is made in a copy of the code, never in your own, and the

@@ -7,8 +7,8 @@
     python reproduce.py gates --run DIR         Figs. 5 to 7 of any run, by default demo/; nothing is trained
     python reproduce.py masking --run DIR       Tables 5 and 6 of any run, by default demo/; nothing is trained
 
-The first four train grids of runs of train_cifar.py, all of the same number of steps: 4 to 5 hours in all on two CPU
-cores; --scale gpu is for one GPU. The learning rate, one for all runs, is chosen first, on pictures held back from the
+The first four train grids of runs of train_cifar.py, all of the same number of steps: an hour and a half in all on two
+CPU cores that know bf16; --scale gpu is for one GPU. The learning rate, one for all runs, is chosen first, on pictures held back from the
 training set. A grid that was stopped or killed goes on with the same command. Tables, plots and JSON go to
 results/reproduce/, and there the runs, named by their flags; what they measured is kept with the code, so that a grid
 can go on elsewhere.
