@@ -8,10 +8,10 @@
     python reproduce.py masking --run DIR       Tables 5 and 6 of any run, by default demo/; nothing is trained
 
 The first four train grids of runs of train_cifar.py, all of the same number of steps: an hour and a half in all on two
-CPU cores that know bf16; --scale gpu is for one GPU. The learning rate, one for all runs, is chosen first, on pictures held back from the
-training set. A grid that was stopped or killed goes on with the same command. Tables, plots and JSON go to
-results/reproduce/, and there the runs, named by their flags; what they measured is kept with the code, so that a grid
-can go on elsewhere.
+CPU cores (--amp off where they lack bf16); --scale gpu is for one GPU. The learning rate, one for all runs, is chosen
+first, on pictures held back from the training set. A grid that was stopped or killed goes on with the same command.
+Tables, plots and JSON go to results/reproduce/, and there the runs, named by their flags; what they measured is kept
+with the code, so that a grid can go on elsewhere.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from results import report
 from train_cifar import Config
 from training.data import DATASETS, Pictures, guess_dataset, load_pictures, test_batches
 from training.flags import as_flags, at_least
-from training.loop import evaluate
+from training.loop import AMP_DTYPES, evaluate
 from viewer.probe import open_snapshot, snapshots
 
 DEMO = Path(__file__).parent / "demo"
@@ -114,6 +114,7 @@ def runs_of(change: dict, rate: float | None, given: argparse.Namespace) -> list
         name = "_".join(flag.removeprefix("--") for flag in as_flags(own))
         fields = {"dataset": given.dataset, "data_dir": given.data_dir, "model": scale.model} | scale.how
         fields |= {"batch_size": scale.batch_size, "epoch_steps": scale.epoch_steps, "epochs": scale.epochs} | own
+        fields |= {"amp": given.amp} if given.amp else {}
         runs.append(
             fields | {"warmup_epochs": fields["epochs"] / 10, "run": str(report.RESULTS / given.scale / "runs" / name)}
         )
@@ -281,6 +282,7 @@ def main():
             command.add_argument("--scale", choices=SCALES, default="laptop", help="size of the runs (%(default)s)")
             command.add_argument("--seeds", type=at_least(1), help="seeds of every run; by default the scale's")
             command.add_argument("--lr", type=float, help="learning rate; by default the best on held-back pictures")
+            command.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision; by default the scale's")
     given = parser.parse_args()
     try:
         if given.command == "gates":

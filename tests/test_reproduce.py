@@ -171,7 +171,7 @@ def made_up(fields: dict, accuracy: float):
 
 def test_held_back_pictures_choose_and_a_spread_is_of_several_seeds(reproduced):
     """All runs of the laptop are there already: 6 for the learning rate, and, once each, 25 more."""
-    given = Namespace(scale="laptop", seeds=None, data_dir="data", dataset=None)
+    given = Namespace(scale="laptop", seeds=None, amp=None, data_dir="data", dataset=None)
     tables, expected = grids(SCALES["laptop"]), {}
     for (rate, name), change in tables["learning-rate"].items():  # 2e-3 is the best for ConViT, 1e-3 for both together
         score = {"0.0005": (40, 40), "0.001": (50, 49), "0.002": (52, 45)}[rate][name == "plain ViT"]
@@ -209,7 +209,7 @@ def test_held_back_pictures_choose_and_a_spread_is_of_several_seeds(reproduced):
 
 @pytest.mark.parametrize("name", SCALES)
 def test_every_run_is_a_command_and_the_same_runs_are_shared(name, monkeypatch):
-    given, configs = Namespace(scale=name, seeds=None, data_dir="data", dataset=None), {}
+    given, configs = Namespace(scale=name, seeds=None, amp=None, data_dir="data", dataset=None), {}
     for grid, places in grids(SCALES[name]).items():
         for place, change in places.items():
             fields = runs_of(change, 1e-3, given)[0]
