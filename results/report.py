@@ -178,7 +178,7 @@ def draw_lines(cells: dict, xlabel: str, ylabel: str) -> Figure:
 def draw_ablation(cells: dict) -> Figure:
     """Accuracy of every row, a panel a column; the dashed line is the first row's."""
     rows, columns = axes_of(cells)
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 1 + 0.32 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for panel, column in zip(panels, columns, strict=True):
         means, spreads = of_column(cells, column)
