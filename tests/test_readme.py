@@ -19,6 +19,12 @@ def test_every_linked_file_is_there(file):
     assert links and not missing
 
 
+@pytest.mark.parametrize("name", ["sample-efficiency", "ablation", "locality"])
+def test_the_tables_are_those_of_the_results(name):
+    rows = [line for line in (ROOT / f"results/reproduce/laptop/{name}.md").read_text().splitlines() if line[:1] == "|"]
+    assert len(rows) > 4 and "\n".join(rows) in README
+
+
 def lines_about(words: str) -> str:
     """The only Python in the README whose first line has these words; five lines at most, but for imports."""
     blocks = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if words in block.split("\n")[0]]
