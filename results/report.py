@@ -1,4 +1,4 @@
-"""What reproduce.py writes: of every result NAME.md, NAME.json and NAME.png in results/reproduce/.
+"""What reproduce.py and exercises.py write: of every result NAME.md, NAME.json and NAME.png in results/reproduce/.
 
 A grid's `cells` are what came out, by (row, column) of its table: see `outcome`.
 """
@@ -141,7 +141,7 @@ def save(name: str, record: dict, lines: list[str], made: list[dict], figure: Fi
     """Write all three files of a result and print its table. `made` tells on what: entries of provenance.json."""
     file = RESULTS / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "reproduce.py", *sys.argv[1:]])
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     keys = ("device", "machine", "python", "torch", "torchvision")
     hardware = sorted({", ".join(f"{key}: {entry[key]}" for key in keys) for entry in made})
     text = "\n".join([*lines, f"`{command}`; {'; '.join(hardware)}."])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from PIL import Image
 
 import exercises
 from analysis import read_metrics
-from exercises import changed, read_lesson
+from exercises import changed, describe, read_lesson
+from results.report import spell
 from train_cifar import Config
 from training.config import build_model
 from training.flags import parse_flags
@@ -77,6 +79,24 @@ def test_the_head_that_may_not_leave_stays(monkeypatch):
     model(torch.randn(4, 3, 32, 32)).square().sum().backward()
     moves = torch.stack([block.attn.gating_param.grad != 0 for block in model.blocks[: model.config.gpsa_layers]])
     assert moves.logical_not().nonzero()[:, 1].tolist() == [4] * 5
+
+
+@each
+def test_the_numbers_in_the_text_are_those_of_runs_with_this_change(number):
+    """The committed results are of the change and command that stand in the text, and the text says what they say."""
+    results = json.loads((ROOT / "results/reproduce/exercises/exercises.json").read_text())["exercises"]
+    exercise = EXERCISES[number]
+    result = next(result for result in results if result["exercise"] == f"{number}. {exercise.title}")
+    accuracy = []
+    for name in result["runs"]:
+        run = ROOT / "results/reproduce/exercises/runs" / name
+        assert (run / "exercise.txt").read_text() == describe(exercise)
+        accuracy.append(read_metrics(run)[-1]["test_accuracy"])
+    assert accuracy and result["accuracy"] == accuracy
+    section = re.split(r"^## \d+\. ", LESSON, flags=re.MULTILINE)[1 + list(EXERCISES).index(number)]
+    assert f"**Measured:** {spell(result)}%" in section.replace("\n", " ")
+    for words in re.findall(r"mean gate ([\d.]+)", section):
+        assert words == f"{result['mean_gate']:.2f}"
 
 
 TINY = """RECIPE="--img-size 16 --batch-size 4 --epoch-steps 3 --epochs {epochs}"
