@@ -79,7 +79,7 @@ def finished(exercise: Exercise, seed: int) -> bool:
         return False
     if (run / "exercise.txt").read_text() != note:
         raise ValueError(f"exercise {exercise.number} is not what it was when {run} began: move that folder away")
-    return read_metrics(run)[-1]["epoch"] == json.loads((run / "config.json").read_text())["epochs"]
+    return report.ended(run)
 
 
 def describe(exercise: Exercise) -> str:
@@ -104,8 +104,7 @@ def train(exercise: Exercise, seed: int, data_dir: str):
             signal(SIGINT, lambda *_: None)  # Ctrl-C reaches the run, too: it saves what it has, and ends
             signal(SIGTERM, lambda *_: process.terminate())
     if process.returncode:
-        kept = "what is finished is kept, and the same command goes on from there"
-        raise SystemExit(f"exercises.py: exercise {exercise.number} was not finished; {kept}")
+        raise SystemExit(f"exercises.py: exercise {exercise.number} was not finished; {report.KEPT}")
 
 
 def write_table(exercises: list[Exercise], seeds: int):
@@ -153,12 +152,13 @@ def main():
         known = [exercise.number for exercise in exercises]
         if not set(given.numbers) <= set(known):
             raise ValueError(f"{LESSON.name} has the exercises {', '.join(map(str, known))}")
-        chosen = [exercise for exercise in exercises if exercise.number in (given.numbers or known)]
-        for seed in range(given.seeds):
-            for exercise in chosen:
-                if not finished(exercise, seed):
-                    print(f"\n{exercise.number}. {exercise.title}, seed {seed}", flush=True)
-                    train(exercise, seed, given.data_dir)
+        waiting = [
+            (seed, exercise) for seed in range(given.seeds) for exercise in exercises if not finished(exercise, seed)
+        ]
+        for seed, exercise in waiting:
+            if exercise.number in (given.numbers or known):
+                print(f"\n{exercise.number}. {exercise.title}, seed {seed}", flush=True)
+                train(exercise, seed, given.data_dir)
         write_table(exercises, given.seeds)
     except (OSError, ValueError) as problem:
         sys.exit(f"exercises.py: {problem}")

@@ -131,7 +131,7 @@ def finished(fields: dict) -> bool:
         if name != "run" and value not in (None, saved.get(name)):
             flag_name = "--" + name.replace("_", "-")
             raise ValueError(f"{run} has {flag_name} {saved.get(name)}, not {value}: move it away to train it again")
-    return any(line["epoch"] == fields["epochs"] for line in read_metrics(run))
+    return report.ended(run)
 
 
 def train(fields: dict):
@@ -162,8 +162,7 @@ def train_all(title: str, runs: list[dict]):
             train(fields)
         except (SystemExit, KeyboardInterrupt, torch.OutOfMemoryError) as problem:
             why = "" if isinstance(problem, SystemExit) else f" ({type(problem).__name__})"  # else it has said why
-            kept = "what is finished is kept, and the same command goes on from there"
-            raise SystemExit(f"reproduce.py: the run {name} was not finished{why}; {kept}") from problem
+            raise SystemExit(f"reproduce.py: the run {name} was not finished{why}; {report.KEPT}") from problem
         passed = (time.monotonic() - began) / 60
         left = passed / number * (len(waiting) - number)
         accuracy = read_metrics(Path(fields["run"]))[-1]["test_accuracy"]

@@ -20,6 +20,7 @@ from training.checkpoint import provenance, write
 from training.plots import draw_gates, draw_non_locality
 
 RESULTS = Path("results/reproduce")
+KEPT = "what is finished is kept, and the same command goes on from there"
 COLOURS = ["#0072B2", "#D55E00", "#009E73"]  # of Okabe and Ito: told apart with any kind of colour vision
 MARKERS = "os^"
 PAPER = {  # top-1 accuracy on ImageNet: names of columns, and a tuple for every row of our table
@@ -29,6 +30,14 @@ PAPER = {  # top-1 accuracy on ImageNet: names of columns, and a tuple for every
         [(82.2, 59.7), (82.0, 57.4), (81.4, 56.9), (81.6, 54.6), (79.1, 47.8), (78.6, 54.3), (73.7, 44.8)],
     ),
 }
+
+
+def ended(run: Path) -> bool:
+    """Whether a run has come to its last epoch; False where it has not even been measured once."""
+    if not (run / "metrics.jsonl").exists():
+        return False
+    last = json.loads((run / "config.json").read_text())["epochs"]
+    return any(line["epoch"] == last for line in read_metrics(run))
 
 
 def outcome(runs: list[Path]) -> dict:
