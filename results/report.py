@@ -188,7 +188,7 @@ def draw_ablation(cells: dict) -> Figure:
     """Accuracy of every row, a panel a column; the dashed line is the first row's."""
     rows, columns = axes_of(cells)
     figure = Figure(figsize=(9, 1 + 0.32 * len(rows)), layout="constrained")
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
     for panel, column in zip(panels, columns, strict=True):
         means, spreads = of_column(cells, column)
         panel.errorbar(means, rows, xerr=spreads, color=COLOURS[0], marker="o", linestyle="", capsize=4)
