@@ -9,9 +9,9 @@ positional self-attention (GPSA). Every GPSA head mixes two attention maps and l
     mixed      A = (1 - g) C + g P                g = sigmoid(gating_param), one number for each head
     output     proj(A v)
 
-A head starts as one tap of a convolution: P is a Gaussian around one tap of a small kernel centred on the query, g is
-0.73, so P leads, and v hands on the head's share of the channels unchanged. Training can lower g: the head leaves
-position for content.
+A layer starts as a soft convolution: the P of each head is a Gaussian around one tap of a small kernel centred on the
+query, g is 0.73, so P leads, and the weight of v is the identity, so that proj holds one matrix for each tap. Training
+can lower g: the head leaves position for content.
 
 Two identities make this nearly as cheap as plain attention, with no n x n position map in memory:
 
@@ -159,8 +159,8 @@ class GPSA(nn.Module):
     def convolutional_init(self, locality_strength: float):
         """Head h becomes tap h of a kernel (Eq. 5): v_pos = alpha (2 Delta_x, 2 Delta_y, -1); v's weight the identity.
 
-        Then v_pos . r = -alpha |(dx, dy) - Delta|^2 + a constant: a Gaussian around the tap Delta. Taps run down the
-        columns of the kernel, as in released weights; an even number of them lie half-way between patches.
+        Then v_pos . r = -alpha |(dx, dy) - Delta|^2 + a constant: a Gaussian around the tap Delta. Heads are numbered
+        down the columns of the kernel, as in released weights; along a side of even length, taps lie between patches.
         """
         rows, columns = kernel_shape(self.num_heads)
         head = torch.arange(self.num_heads)
@@ -186,6 +186,7 @@ class GPSA(nn.Module):
         gp_v = (gate[:, None, None] * position_y).to(v.dtype) @ v  # g P v: the gate goes into the small factor
         gp_v = position_x.to(v.dtype)[:, None] @ rearrange(gp_v, "b h Y (x d) -> b h Y x d", x=width)
         gp_v = rearrange(gp_v, "b h Y X d -> b Y X (h d)")
+        # mixed token by token, since head by head is slower in bf16
         content_share = repeat(1 - gate, "h -> (h d)", d=q.shape[-1]).to(v.dtype)
         output = self.proj(content_share * c_v + gp_v)
         if not return_attention:
@@ -236,7 +237,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each reading a normalised x and adding to it; x is b Y X c before GPSA, else b n c."""
+    """Attention, then an MLP, each reading a normalised x and adding to it; x is b Y X c with GPSA, else b n c."""
 
     def __init__(self, config: ConViTConfig, index: int):
         super().__init__()

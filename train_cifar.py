@@ -60,7 +60,7 @@ class Config(RunConfig):
     patch_size: int = flag(4, "side of a patch in pixels", type=at_least(1))
     run: str = flag("runs/cifar", "the folder to write; under torchrun one that all machines see")
 
-    epochs: int = flag(30, "passes over the training set; by default an hour of two CPU cores with --amp", type=at_least(1))
+    epochs: int = flag(30, "passes over the training set; by default an hour of two cores with --amp", type=at_least(1))
     batch_size: int = flag(32, "pictures a step, over all processes", type=at_least(1))
     lr: float = flag(1e-3, "peak learning rate")
     gate_lr_scale: float = flag(20.0, "the gates' rate in units of lr: Adam moves a gate by at most its rate a step")

@@ -36,10 +36,12 @@ def draw_gates(metrics: list[dict], figure: Figure | SubFigure | None = None) ->
     figure = figure or Figure(figsize=(1.2 + 1.9 * len(layers), 2.8), layout="constrained")
     panels = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
     for panel, layer in zip(panels, layers, strict=True):
-        panel.plot(epochs, gate[:, layer], linewidth=1)
-        panel.plot(epochs, gate[:, layer].mean(axis=1), color="black", linewidth=2)
+        lines = panel.plot(epochs, gate[:, layer], linewidth=1)
+        lines += panel.plot(epochs, gate[:, layer].mean(axis=1), color="black", linewidth=2)
         panel.set(title=f"layer {layer + 1}", xlabel="epoch", ylim=(0, 1))
     panels[0].set_ylabel("gate: 0 content, 1 position")
+    names = [*(f"head {head + 1}" for head in range(gate.shape[2])), "mean"]
+    figure.legend(lines, names, loc="outside right upper", frameon=False, fontsize="small")
     return figure
 
 
