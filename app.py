@@ -56,11 +56,11 @@ def build(probe: Probe, compare: list[Path] = ()) -> gr.Blocks:
 
     def probe_of(asked: dict) -> Probe:
         """The model that a visitor looks at: the page's own, or the one that they have trained here."""
+        for gone in [name for name, one in list(trained.items()) if not one.run.exists()]:
+            trained.pop(gone, None)
         visitor = asked["run"]
         if visitor == "":
             return probe
-        for gone in [name for name, one in list(trained.items()) if not one.run.exists()]:
-            trained.pop(gone, None)
         run = trainer.run(visitor)
         if not run.exists():
             raise ValueError("What was trained here is no longer kept; please choose the other model.")

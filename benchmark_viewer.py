@@ -194,7 +194,8 @@ def main():
                 "own picture to maps, 0.5 megapixels": (uploads(page, photo(800, 600)), 500),
                 "own picture to maps, 12 megapixels": (uploads(page, photo(4000, 3000)), 500),
             }
-            page, _ = open_page(browser, address + "/#layer=5&head=5&epoch=14")
+            last = int(max((HERE / "demo" / "snapshots").iterdir()).stem.removeprefix("epoch_"))
+            page, _ = open_page(browser, f"{address}/#layer=5&head=5&epoch={last}")
             page.screenshot(path=given.out / "viewer.png")
             version = browser.version
             browser.close()

@@ -72,7 +72,7 @@ def to_end(page):
 def test_the_page_opens_on_nine_taps_around_the_query(page):
     assert gates(page) == [0.731] * 9
     assert page.locator(".epoch").inner_text() == "0"
-    assert "looks at one place of a 3 × 3 kernel" in page.locator(".caption").inner_text()
+    assert "has a place of its own around the patch" in page.locator(".caption").inner_text()
     places = [brightest(pixels) for pixels in maps(page, "position")]
     assert places == [(4 + head % 3 - 1) * 8 + 4 + head // 3 - 1 for head in range(9)]
     cards = page.eval_on_selector_all("[data-head]", "cards => cards.map(card => Number(card.dataset.head))")
@@ -382,6 +382,17 @@ def test_it_fits_and_nothing_jumps(browser, server, width):
         assert page.locator("[data-head='0'] .mixed canvas").bounding_box()["width"] >= 50
 
 
+def test_wishes_on_their_way_do_not_push_each_other_out(page):
+    script = """wishes => { for (const [selector, value] of wishes) {
+        const part = document.querySelector(selector);
+        if (value === undefined) part.click();
+        else { part.value = value; part.dispatchEvent(new Event("change")); } } }"""
+    page.evaluate(script, [["[data-example=lion]"], [".layer", 1]])
+    page.wait_for_function("convit.state.example === 'lion' && convit.state.layer === 1")
+    page.evaluate(script, [[".layer", 2], ["[data-example=bus]"]])
+    page.wait_for_function("convit.state.example === 'bus' && convit.state.layer === 2")
+
+
 def test_a_visitor_trains_a_model_others_wait_and_its_checkpoints_appear(page, browser, server):
     page.locator(".train").click()
     page.wait_for_selector("text=Starting")
@@ -394,7 +405,7 @@ def test_a_visitor_trains_a_model_others_wait_and_its_checkpoints_appear(page, b
     page.wait_for_function("document.querySelector('[data-example]').dataset.example === 'pattern 1'")
     assert gates(page) == [0.731] * 9
     page.locator(".train-stop").click()
-    page.wait_for_selector("text=its checkpoints are in the slider")
+    page.wait_for_selector("text=Stopped. The slider above goes through its training.")
     page.locator(".runs").select_option("")
     page.wait_for_selector("[data-example=lion]")
     assert page.locator(".checkpoint").get_attribute("max") == str(len(list((DEMO / "snapshots").iterdir())) - 1)

@@ -52,8 +52,10 @@ def view(
 def animation(probe: Probe, picture: dict, layer: int, query: int) -> bytes:
     """The mix maps of all heads of a GPSA layer, one checkpoint after another, as a GIF. Raises ValueError."""
     checkpoints = range(len(probe.epochs))
-    with drawing:
-        frames = [draw(probe, picture, layer, checkpoint, query, ("mixed",)) for checkpoint in checkpoints]
+    frames = []
+    for checkpoint in checkpoints:
+        with drawing:  # for one frame, so that others need not wait for all
+            frames.append(draw(probe, picture, layer, checkpoint, query, ("mixed",)))
     palette = frames[-1].quantize(255)  # one for all frames, so that no colour flickers
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     stream, durations = io.BytesIO(), [FRAME] * len(others) + [LAST_FRAME]
@@ -122,7 +124,9 @@ def draw_gates(axes, probe: Probe, layer: int, checkpoint: int):
     for head in gates.T:
         axes.plot(places, head, color=GATES(head[-1]), linewidth=1.6, marker="o", markersize=3)
     axes.axvline(checkpoint, color="0.3", linestyle=":")
-    axes.set(ylim=(-0.02, 1.02), xticks=places, xticklabels=probe.epochs, yticks=[0, 0.5, 1], xlabel="epoch")
+    told = range(len(places) - 1, -1, -1 - len(places) // 10)  # more would run into each other
+    labels = [epoch if place in told else "" for place, epoch in enumerate(probe.epochs)]
+    axes.set(ylim=(-0.02, 1.02), xticks=places, xticklabels=labels, yticks=[0, 0.5, 1], xlabel="epoch")
     axes.set_title("gate of each head: 1 is position, 0 content", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -108,7 +108,8 @@ class Probe:
 
     def finished(self) -> bool:
         """Whether no more snapshots are to come."""
-        return self.epochs[-1] >= self.flags.get("epochs", 0)
+        stretched = self.flags["data_fraction"] if self.flags.get("scale_epochs") else 1
+        return self.epochs[-1] >= round(self.flags.get("epochs", 0) / stretched)
 
     def picture(self, file: Path | bytes) -> dict:
         """A picture for the page: `display` and what the model has `seen`, for <img>; `pixels` for the other methods.

@@ -40,7 +40,7 @@ class Trainer:
         with self.lock:
             if wish == "start" and visitor not in self.line:
                 if len(self.line) >= LONGEST_LINE:
-                    return {"state": "full"}
+                    return self._standing(visitor) | {"state": "full"}  # an earlier run of theirs is still there
                 shutil.rmtree(run, ignore_errors=True)
                 self.line.append(visitor)
             elif wish == "stop" and visitor in self.line:
@@ -69,7 +69,6 @@ class Trainer:
         if self.process and self.process.poll() is not None:
             self.process = None
             self._leave(self.line[0])
-            self._forget_old()
         if self.line and not self.process:
             run = self.run(self.line[0])
             command = ["nice", sys.executable, SCRIPT, *RECIPE, "--epochs", str(EPOCHS), "--run", run]
@@ -82,6 +81,7 @@ class Trainer:
             self._end_process()
         self.line.remove(visitor)
         self.heard.pop(visitor, None)
+        self._forget_old()
 
     def _end_process(self):
         if self.process:

@@ -19,7 +19,12 @@ function meanDistance(head) {
   let total = 0;
   for (let query = 0; query < patches; query++) {
     const { mixed } = mapsOf(head, query);
-    for (let key = 0; key < patches; key++) total += mixed[key] * distances[query * patches + key];
+    let [reach, sum] = [0, 0]; // in 256 steps, a flat content map does not sum to 1
+    for (let key = 0; key < patches; key++) {
+      reach += mixed[key] * distances[query * patches + key];
+      sum += mixed[key];
+    }
+    total += reach / sum;
   }
   return total / patches;
 }
@@ -73,6 +78,7 @@ function paintPicture(all) {
 
 // What changes with the query patch, so with every move of the hand: nothing here may cost a layout of the page.
 function paintQuery() {
+  if (!maps) return;
   const all = Array.from({ length: heads }, (_, head) => mapsOf(head, state.query));
   const share = Number(find(".mass").value);
   const peak = Math.max(...all.flatMap((one) => Object.keys(KINDS).map((kind) => Math.max(...one[kind]))));
@@ -118,11 +124,12 @@ function caption() {
   if (state.gates.size) return `With these gates, ${left.length ? told : `no head of ${layer} looks`} more by content than by position.`;
   const timed = run.story !== null; // released weights are all there is of their training
   if (timed && run.epochs[state.checkpoint] === 0) {
-    return `Before training every head of ${layer} looks at one place of a ${run.kernel[0]} × ${run.kernel[1]} kernel around the patch, mixed with some content. Press “Play training” and watch the gates.`;
+    return `Before training. Each head of ${layer} has a place of its own around the patch that asks, and looks a little everywhere. Press “Play training” and see which heads leave.`;
   }
   const when = timed ? `After epoch ${run.epochs[state.checkpoint]}, ` : "After training, ";
-  if (!left.length) return `${when}all heads of ${layer} still look more by position than by content.`;
-  return `${when}${told} more by content than by position (gate below 0.5); the other${heads - left.length === 1 ? " stays" : `s stay`} with position.`;
+  if (!left.length) return `${when}no head of ${layer} looks more by content than by position.`;
+  const others = { 0: "", 1: "; the other stays with position" }[heads - left.length] ?? "; the others stay with position";
+  return `${when}${told} more by content than by position (gate below 0.5)${others}.`;
 }
 
 function paintWall() {

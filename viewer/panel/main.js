@@ -61,12 +61,19 @@ function takeRun(answer) {
 
 const middlePatch = () => Math.floor(run.grid[0] / 2) * run.grid[1] + Math.floor(run.grid[1] / 2);
 
-// Go to another picture, layer or model: all of the page changes at once, when its maps are here.
+// Go to another picture or layer: all of the page changes at once, when its maps are here. What is asked for while
+// something else is still on its way joins it.
 let latest = 0;
-async function go(changes, chosen = picture, loaded = images, wish = ++latest) {
-  const layer = changes.layer ?? state.layer;
+let wanted = {};
+async function go(changes) {
+  const wish = ++latest;
+  Object.assign(wanted, changes);
+  const { chosen = picture, loaded = images, ...others } = wanted;
+  if (!chosen) return; // there is no picture yet; the first one will take it along
+  const layer = others.layer ?? state.layer;
   const answer = await ask("read_layer", { pixels: chosen.pixels, layer });
   if (wish !== latest) return; // the visitor has gone on
+  wanted = {};
   find(".layer").value = answer ? layer : state.layer;
   if (!answer) return;
   [picture, images] = [chosen, loaded];
@@ -74,28 +81,29 @@ async function go(changes, chosen = picture, loaded = images, wish = ++latest) {
   const { width, height } = loaded.display;
   if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
   maps = { ...answer, content: answer.content.map(bytes) };
-  Object.assign(state, changes);
+  Object.assign(state, others);
   forgetAnswer();
   state.checkpoint = Math.min(state.checkpoint, maps.content.length - 1);
   paint();
 }
 
 // Show a picture of the page by its name, or a file.
+let latestPicture = 0;
 async function showPicture(name, file = null) {
-  const wish = ++latest;
+  const wish = ++latestPicture;
   if (file && file.size > LARGEST) {
     find(".trouble").textContent = "This file is larger than 10 MB; please choose a smaller picture.";
     return;
   }
   const chosen = await ask("choose", file ? { file: await base64(file) } : { example: name });
-  if (!chosen || wish !== latest) return;
+  if (!chosen || wish !== latestPicture) return;
   const loaded = {};
   for (const kind of ["display", "seen"]) {
     loaded[kind] = new Image();
     loaded[kind].src = chosen[kind];
     await loaded[kind].decode();
   }
-  await go({ example: file ? null : name }, chosen, loaded, wish);
+  if (wish === latestPicture) await go({ example: file ? null : name, chosen, loaded });
 }
 
 async function base64(file) {
@@ -104,11 +112,18 @@ async function base64(file) {
   return reader.result.split(",")[1] ?? "";
 }
 
+let latestRun = 0;
 async function showRun(name) {
   stop();
+  const wish = ++latestRun;
   const answer = await ask("describe", { run: name });
+  if (wish !== latestRun) return;
   find(".runs").value = answer ? name : state.run;
   if (!answer) return;
+  latest++; // what is on its way is of the other model, as are the maps
+  latestPicture++;
+  forgetAnswer();
+  [wanted, maps, picture] = [{}, null, null];
   state.run = name;
   takeRun(answer);
   Object.assign(state, { checkpoint: name ? run.epochs.length - 1 : 0, gates: new Map(), head: null });
@@ -239,6 +254,7 @@ function setAllGates(gate) {
 const wantedGates = () => run.layers.map((_, layer) => Array.from({ length: heads }, (_, head) => gateOf(layer, head)));
 
 async function recompute() {
+  if (!picture) return;
   const asked = ++question;
   const { checkpoint, layer } = state;
   const answer = await ask("what_if", { pixels: picture.pixels, layer, checkpoint, gates: wantedGates() });
@@ -256,6 +272,7 @@ function save(name, address) {
 }
 
 async function saveFigure(moving) {
+  if (!picture) return;
   const button = find(moving ? ".save-moving" : ".save-view");
   button.disabled = true;
   const { layer, checkpoint, query } = state;

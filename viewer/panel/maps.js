@@ -1,6 +1,11 @@
 // What heads look at. Position maps are computed here, from three numbers a head; content maps come as the server's bytes.
 
-const bytes = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+function bytes(base64) {
+  const text = atob(base64);
+  const values = new Uint8Array(text.length);
+  for (let index = 0; index < text.length; index++) values[index] = text.charCodeAt(index);
+  return values;
+}
 
 // Softmax over one axis of slope * offset + curvature * offset^2, offsets key minus query, in patches.
 function axisAttention(slope, curvature, query, length) {

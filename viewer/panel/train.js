@@ -12,11 +12,11 @@ async function train(wish) {
   find(".train-progress").hidden = how !== "training";
   find(".train-progress").value = how === "training" ? (epoch + 1) / (epochs + 1) : 0;
   find(".train-words").textContent = {
-    idle: "A nano model, from nothing, on this server: two to three minutes on two cores. It has to name the texture of the one square whose colour the plain square has.",
+    idle: "A nano model, from nothing, on this server: two to three minutes on two cores. Its pictures have one plain square and three with a pattern; it must name the pattern of the one that has the plain square's colour.",
     full: "Too many are waiting already; please come back later.",
     waiting: `Someone else's model is being trained; ${place === 1 ? "yours is next" : `${place} are before you`}.`,
     training: epoch < 0 ? "Starting…" : `Epoch ${epoch} of ${epochs} is done${seconds === null ? "" : `, about ${seconds} s to go`}.${state.run === VISITOR ? " Its gates are on show as they change." : ""}`,
-    done: `${epoch < epochs ? "Stopped" : "Done"}: its checkpoints are in the slider. Above, choose which model to look at.`,
+    done: `${epoch < epochs ? "Stopped" : "Done"}. ${state.run === VISITOR ? "The slider above goes through its training." : "Choose “trained here” above to look at it."}`,
     failed: "The training ended before its first epoch; please try again.",
   }[how];
   if (epoch >= 0 && find(".runs").options.length < 2) {
@@ -24,14 +24,13 @@ async function train(wish) {
     find(".of-run").classList.remove("absent-always");
   }
   if (busy && epoch >= 0 && (state.run !== VISITOR ? shownEpoch < 0 : epoch > shownEpoch)) {
+    const before = shownEpoch;
     shownEpoch = epoch;
-    await (state.run === VISITOR ? follow() : showRun(VISITOR));
-    return train("look");
+    if (state.run !== VISITOR) await showRun(VISITOR);
+    else if (!(await follow())) shownEpoch = before; // in a second again
   }
-  if (how === "done" && state.run === VISITOR && epoch > shownEpoch) {
-    shownEpoch = epoch;
-    await follow();
-  }
+  if (how === "done" && state.run === VISITOR && epoch > shownEpoch && (await follow())) shownEpoch = epoch;
+  clearTimeout(looking);
   if (busy) looking = setTimeout(() => train("look"), 1000);
 }
 let shownEpoch = -1; // of the run trained here; after the first one the visitor is free to look at another model
@@ -44,13 +43,19 @@ async function trainAnew() {
   train("start");
 }
 
-// New snapshots of a run that goes on; who stands at its end goes along.
+// New snapshots and measurements of a run that goes on; who stands at its end goes along. False: nothing has come of it.
 async function follow() {
   const of = state.run;
   const answer = await ask("describe", {}, false);
-  if (!answer || of !== state.run || answer.epochs.length === run.epochs.length) return;
+  if (!answer || of !== state.run) return false;
+  if (answer.epochs.length > run.epochs.length) {
+    await go({});
+    if (of !== state.run || !maps || maps.content.length < answer.epochs.length) return false;
+  } else if (answer.story?.epochs.length === run.story?.epochs.length) return true;
   const atEnd = state.checkpoint === run.epochs.length - 1;
   takeRun(answer);
   find(".checkpoint").max = run.epochs.length - 1;
-  await go(atEnd ? { checkpoint: run.epochs.length - 1 } : {});
+  if (atEnd) state.checkpoint = run.epochs.length - 1;
+  paint();
+  return true;
 }
