@@ -315,8 +315,9 @@ def freeze_gpsa(model: ConViT):
 
 def normalise(pictures: Tensor) -> Tensor:
     """Scale pictures of 0..255 (b 3 H W) to what all models here expect: ImageNet then has mean 0 and deviation 1."""
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=pictures.device)[..., None, None]
-    return (pictures / 255 - mean) / std
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # no tensors: a GPU would be waited for to send them
+    channels = zip(pictures.unbind(dim=-3), mean, std, strict=True)
+    return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=-3)
 
 
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from convit_min import MODELS, normalise
 from training import checkpoint, distributed
@@ -36,8 +35,8 @@ from training.data import (
 from training.flags import at_least, flag, fraction, parse_flags
 from training.loop import (
     Interruption,
+    MovingAverage,
     autocast,
-    ema_average,
     evaluate,
     learning_rate,
     parameter_groups,
@@ -84,15 +83,16 @@ def train(config: Config):
             train_set, test_set = hold_out(train_set, config.hold_out, config.seed)
         if config.data_fraction < 1:
             train_set = train_set.pick(subset(train_set.labels.cpu(), config.data_fraction, config.seed).to(device))
+        at_once = config.batch_size // (distributed.world_size() * config.accumulate)
         classes, count = train_set.classes, len(train_set.labels)
         config.check(count)
         torch.manual_seed(config.seed)
         model = build_model(config, len(classes)).to(device)
         if config.eval:
-            metrics = evaluate(model, test_batches(test_set, config.batch_size), device, config.amp)
+            metrics = evaluate(model, test_batches(test_set, at_once), device, config.amp)
             scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             return distributed.say(f"{config.model} with {config.weights}: {scores}")
-        ema = AveragedModel(model, multi_avg_fn=ema_average(config.ema_decay))
+        ema = MovingAverage(model, config.ema_decay)
         groups = parameter_groups(model, config.weight_decay, config.gate_lr_scale)
         optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -164,7 +164,7 @@ def train(config: Config):
             mean_loss = distributed.mean(loss_sum).item() / steps_per_epoch
             metrics |= {"train_loss": mean_loss, "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed}
 
-        metrics |= evaluate(ema.module, test_batches(test_set, config.batch_size), device, config.amp)
+        metrics |= evaluate(ema.module, test_batches(test_set, at_once), device, config.amp)
         end_epoch(run, parts, config, metrics, classes, probe, state)
 
 

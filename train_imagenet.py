@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from convit_min import MODELS, normalise
 from training import checkpoint, distributed
@@ -28,8 +27,8 @@ from training.files import evaluation_batches, generated, load, open_tree, train
 from training.flags import at_least, flag, parse_flags
 from training.loop import (
     Interruption,
+    MovingAverage,
     autocast,
-    ema_average,
     evaluate,
     learning_rate,
     parameter_groups,
@@ -75,8 +74,8 @@ def train(config: Config):
         chosen = subset(train_set.labels, config.data_fraction, config.seed)
         count = len(chosen)
         config.check(count)
-        own_batch = config.batch_size // distributed.world_size()
-        test_batches = evaluation_batches(len(test_set), own_batch)
+        at_once = config.batch_size // (distributed.world_size() * config.accumulate)
+        test_batches = evaluation_batches(len(test_set), at_once)
         peak = config.lr * config.batch_size / 512
         torch.manual_seed(config.seed)
         model = build_model(config, len(classes)).to(device)
@@ -84,7 +83,7 @@ def train(config: Config):
             metrics = evaluate(model, load(test_set, test_batches, config.workers, device), device, config.amp)
             scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             return distributed.say(f"{config.model} with {config.weights}: {scores}")
-        ema = AveragedModel(model, multi_avg_fn=ema_average(config.ema_decay))
+        ema = MovingAverage(model, config.ema_decay)
         groups = parameter_groups(model, config.weight_decay, config.gate_lr_scale)
         optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")

@@ -27,7 +27,7 @@ from training import checkpoint
 from training.augment import colour_jitter, erase, flip, mix, shift
 from training.data import CIFAR, Pictures, epoch_order, hold_out, load_cifar, load_folder, subset
 from training.files import random_resized_crop
-from training.loop import autocast, ema_average, learning_rate, parameter_groups
+from training.loop import MovingAverage, autocast, learning_rate, parameter_groups
 from training.patterns import patterns
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +152,20 @@ def test_bad_input_gives_one_sentence_and_leaves_nothing(tree, tmp_path, complai
         (tmp_path / split.replace("/", "_")).rename(tree / split.replace("yellow", "blue"))
     assert "holds a run already" in complaint()
     assert [(file.name, file.read_text()) for file in run.iterdir()] == [("last.pt", "precious")]
+
+
+def test_only_a_restart_by_torchrun_goes_on_unasked(tree, tmp_path, monkeypatch, capsys, complaint):
+    """A later torchrun of the same --rdzv-id is another one, with flags of its own, and must not go on silently."""
+    flags = ["--data-dir", str(tree), "--run", str(tmp_path / "run"), *QUICK]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(sys, "argv", ["train_cifar.py", *flags])
+    train_cifar.main()
+    assert "holds a run already" in complaint(*flags)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train_cifar.main()
+    assert "has done its 2 epochs already" in capsys.readouterr().out
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "2")
+    assert "holds a run already" in complaint(*flags)
 
 
 def test_a_loss_that_explodes_stops_the_run(tree, tmp_path, complaint):
@@ -320,15 +334,21 @@ def test_schedule_and_groups():
 
 def test_ema_is_a_moving_average():
     def after(decay: float, start: float, updates: list[int]) -> float:
-        ema = [torch.full((2,), start), torch.full((1, 3), start)]
+        ema, model = (torch.nn.Linear(3, 2) for _ in range(2))
+        for linear, value in ((ema, start), (model, 1.0)):
+            for parameter in linear.parameters():
+                torch.nn.init.constant_(parameter, value)
+        ema = MovingAverage(ema, decay)
         for number in updates:
-            ema_average(decay)(ema, [torch.ones(2), torch.ones(1, 3)], torch.tensor(number))
-        assert ema[0][0] == ema[1][0, 2]
-        return ema[0][0].item()
+            ema.n_averaged.fill_(number)
+            ema.update_parameters(model)
+            assert ema.n_averaged == number + 1
+        assert ema.module.weight[1, 2] == ema.module.bias[0]
+        return ema.module.bias[0].item()
 
     assert after(0.9, 0.0, list(range(1, 200))) == pytest.approx(1, abs=1e-4)
     assert after(0.9, 0.0, [10_000]) == pytest.approx(0.1)
-    assert after(0.999, 0.0, [0]) == pytest.approx(0.9)
+    assert after(0.999, 0.0, [0]) == 1 and after(0.999, 0.0, [1]) == pytest.approx(9 / 11)
     assert after(0.0, 0.0, [5]) == 1
 
 

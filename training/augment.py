@@ -98,7 +98,7 @@ def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
 def _beta(parameter: float, b: int, device: torch.device) -> Tensor:
     """Draws from Beta(parameter, parameter): b."""
     parameters = torch.full((b,), parameter, device=device)
-    return Beta(parameters, parameters).sample()
+    return Beta(parameters, parameters, validate_args=False).sample()  # the check would wait for the device
 
 
 def _inside(top: Tensor, left: Tensor, bottom: Tensor, right: Tensor, height: int, width: int) -> Tensor:

@@ -45,7 +45,7 @@ def save(record: dict, file: Path):
 
 def save_weights(model: ConViT, classes: list[str], epoch: int, file: Path, half: bool = False):
     """Write a model so that the file opens by itself: weights (in half precision if asked), config, classes, epoch."""
-    state = {key: value.half() if half else value for key, value in model.state_dict().items()}
+    state = {key: (value.half() if half else value).cpu() for key, value in model.state_dict().items()}
     config = dataclasses.asdict(model.config)
     save({"model": state, "model_config": config, "classes": classes, "epoch": epoch}, file)
 
@@ -55,17 +55,18 @@ def begin(run: Path, parts: dict, config: RunConfig, device: torch.device, count
 
     That is the epoch, the steps done in it (index), their summed loss, the best accuracy so far, and the count.
 
-    A run that the same torchrun has begun is gone on with unasked: a process had died. The folder is locked until the
-    process ends. Raises ValueError or OSError where a run can be neither begun nor resumed.
+    Where torchrun has started again after a process had died, its own run is gone on with unasked. The folder is locked
+    until the process ends. Raises ValueError or OSError where a run can be neither begun nor resumed.
     """
-    resumed, history = config.resume, []
-    if distributed.rank() == 0 and (run / "last.pt").exists():
-        history = json.loads((run / "provenance.json").read_text()) if (run / "provenance.json").exists() else []
-        same_job = distributed.job() is not None and distributed.job() in [entry["job"] for entry in history]
-        resumed = resumed or same_job
-        if not resumed:
-            raise ValueError(f"{run} holds a run already: add --resume to go on with it, or choose another --run")
-    resumed = bool(distributed.largest(resumed))  # as the first process has found
+    resumed, history, problem, restarted = config.resume, [], "", distributed.restarted()
+    if distributed.rank() == 0:
+        try:
+            resumed, history = claim(run, config.resume, restarted)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    if distributed.largest(len(problem)):  # then all processes end, and none waits for another
+        raise ValueError(problem or "the first process cannot begin the run")
+    resumed = bool(distributed.largest(resumed))
     state = {"epoch": 0, "index": 0, "loss_sum": 0.0, "best": -1.0, "count": count}
     if resumed:
         state = resume(run, parts, config, device)
@@ -75,7 +76,6 @@ def begin(run: Path, parts: dict, config: RunConfig, device: torch.device, count
                 f"there are {pictures}: put them back, or choose another --run with --weights {run}/best.pt"
             )
     if distributed.rank() == 0:
-        lock(run)
         entry = provenance(device) | {"job": distributed.job()}
         metrics = [line for line in read_metrics(run) if line["epoch"] < state["epoch"]] if resumed else []
         write(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in metrics))
@@ -83,6 +83,21 @@ def begin(run: Path, parts: dict, config: RunConfig, device: torch.device, count
         write(run / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     distributed.wait()
     return state
+
+
+def claim(run: Path, resumed: bool, restarted: bool) -> tuple[bool, list[dict]]:
+    """Lock a run folder; return whether to go on with the run in it, and that run's provenance.
+
+    Raises ValueError where there is a run that is not to be gone on with.
+    """
+    file, history = run / "provenance.json", []
+    if (run / "last.pt").exists():
+        history = json.loads(file.read_text()) if file.exists() else []
+        resumed = resumed or (restarted and distributed.job() in [entry["job"] for entry in history])
+        if not resumed:
+            raise ValueError(f"{run} holds a run already: add --resume to go on with it, or choose another --run")
+    lock(run)
+    return resumed, history
 
 
 def lock(run: Path):

@@ -21,7 +21,8 @@ def interval(text: str) -> str:
     return text
 
 
-CORES = min(os.cpu_count() or 1, 8)
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # given to us
+CORES = max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8))  # for each process of this machine
 
 
 @dataclass

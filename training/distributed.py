@@ -33,6 +33,11 @@ def job() -> str | None:
     return f"torchrun {os.getppid()}" if name == "none" else name
 
 
+def restarted() -> bool:
+    """Whether torchrun has started these processes again, because some of them had died."""
+    return largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0  # not every machine counts every time
+
+
 def start(device_type: str) -> torch.device:
     """Join the group of processes that torchrun has made, if it has; return the device of this process.
 

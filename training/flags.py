@@ -71,7 +71,7 @@ def as_flags(values: dict) -> list[str]:
 
 
 def _flags_of(parser: argparse.ArgumentParser, config_class: type, file: str | Path) -> list[str]:
-    """The flags that a config.json stands for, but for --run and --resume."""
+    """The flags that a config.json stands for, but for those of a call (--run, --resume, --eval) or of a machine."""
     try:
         values = json.loads(Path(file).read_text())
     except OSError as error:
@@ -80,7 +80,8 @@ def _flags_of(parser: argparse.ArgumentParser, config_class: type, file: str | P
         values = None
     if not isinstance(values, dict) or not values.keys() <= {field.name for field in dataclasses.fields(config_class)}:
         parser.error(f"{file} is not a config.json of this script")
-    return as_flags({name: value for name, value in values.items() if name not in ("run", "resume", "eval")})
+    not_kept = ("run", "resume", "eval", "device", "workers")
+    return as_flags({name: value for name, value in values.items() if name not in not_kept})
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -11,9 +11,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
-from convit_min import normalise
+from convit_min import ConViT, normalise
 from training.distributed import largest, local_rank, total, world_size
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,15 +85,22 @@ class ExplicitAttention(TorchFunctionMode):
         return (q.shape[-1] ** -0.5 * q @ k.mT).softmax(dim=-1) @ v
 
 
-def ema_average(decay: float):
-    """multi_avg_fn for torch's AveragedModel: an exponential moving average whose early steps forget faster."""
+class MovingAverage(AveragedModel):
+    """A copy of a model with the exponential moving average of its weights, whose early steps forget faster.
 
-    def average(ema: list[Tensor], values: list[Tensor], updates: Tensor):
-        keep = torch.clamp((1 + updates) / (10 + updates), max=decay)
-        torch._foreach_mul_(ema, keep)
-        torch._foreach_add_(ema, torch._foreach_mul(values, 1 - keep))
+    torch's own update sends its counter to the device, and so makes the host wait for the device in every step.
+    """
 
-    return average
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module):
+        updates = int(self.n_averaged)  # on the CPU
+        keep = min((1 + updates) / (10 + updates), self.decay) if updates else 0.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - keep)
+        self.n_averaged += 1
 
 
 def stream(*numbers) -> int:
@@ -141,7 +149,7 @@ class Interruption:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: str) -> dict:
+def evaluate(model: ConViT, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: str) -> dict:
     """Mean cross-entropy, and accuracy in percent (top 1 and top 5), of the batches of all processes together.
 
     Batches are pictures of 0..255 and labels, on the device; each picture should be in one of them.
@@ -156,4 +164,4 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device:
         sums += torch.stack([torch.full_like(loss, len(labels)), loss, ranked[:, 0].sum(), ranked.sum()])
     count, loss, first, among_five = total(sums).tolist()
     metrics = {"test_loss": loss / count, "test_accuracy": 100 * first / count}
-    return metrics | ({"test_accuracy_top5": 100 * among_five / count} if logits.shape[1] > 5 else {})
+    return metrics | ({"test_accuracy_top5": 100 * among_five / count} if model.config.num_classes > 5 else {})

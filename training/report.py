@@ -1,5 +1,6 @@
 """What a run shows while it trains, and what it writes at the end of an epoch."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -26,7 +27,9 @@ def end_epoch(run: Path, parts: dict, config, metrics: dict, classes: list[str],
     state |= {"epoch": epoch + 1, "index": 0, "loss_sum": 0.0, "best": max(best, accuracy)}
     if distributed.rank() > 0:
         return
-    heads = head_statistics(model, probe, batch_size=16)  # all maps of a batch are in memory at once
+    tokens = math.prod(model.config.grid)
+    at_once = max(1, min(16, 2**20 // tokens**2))  # all their maps are in memory
+    heads = head_statistics(model, probe, batch_size=at_once)
     metrics = metrics | {"heads": {name: checkpoint.nested_list(value) for name, value in heads._asdict().items()}}
     if accuracy > best:
         checkpoint.save_weights(model, classes, epoch, run / "best.pt")
