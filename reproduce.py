@@ -73,6 +73,7 @@ ABLATIONS = {
     "plain ViT": PLAIN,
     "GPSA frozen at conv init": {"freeze_gpsa": True},
     "GPSA frozen at random": {"freeze_gpsa": True} | NO_CONV_INIT,
+    "gates frozen at 0.73": {"gating": "frozen"},  # not in the paper: no gating, but from the gates of the init
 }
 
 

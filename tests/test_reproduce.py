@@ -170,7 +170,7 @@ def made_up(fields: dict, accuracy: float):
 
 
 def test_held_back_pictures_choose_and_a_spread_is_of_several_seeds(reproduced):
-    """All runs of the laptop are there already: 6 for the learning rate, and, once each, 25 more."""
+    """All runs of the laptop are there already: 6 for the learning rate, and, once each, 27 more."""
     given = Namespace(scale="laptop", seeds=None, amp=None, data_dir="data", dataset=None)
     tables, expected = grids(SCALES["laptop"]), {}
     for (rate, name), change in tables["learning-rate"].items():  # 2e-3 is the best for ConViT, 1e-3 for both together
@@ -186,7 +186,7 @@ def test_held_back_pictures_choose_and_a_spread_is_of_several_seeds(reproduced):
                 accuracy = read_metrics(Path(fields["run"]))[-1]["test_accuracy"]
                 expected.setdefault(fields["run"], accuracy)
                 expected.setdefault((name, place), []).append(accuracy)
-    assert len(list(Path("results/reproduce/laptop/runs").iterdir())) == 6 + 25
+    assert len(list(Path("results/reproduce/laptop/runs").iterdir())) == 6 + 27
     assert reproduced("all") == ""
 
     for name in ("sample-efficiency", "ablation", "locality"):
@@ -219,7 +219,7 @@ def test_every_run_is_a_command_and_the_same_runs_are_shared(name, monkeypatch):
 
     runs = {config.run for config in configs.values()}
     layers = len({config.gpsa_layers for (grid, *_), config in configs.items() if grid == "locality"})
-    assert len(runs) == 6 + 8 + 10 + 3 * (layers - 1) - 1  # shared are two with the ablation, and two with locality
+    assert len(runs) == 6 + 8 + 12 + 3 * (layers - 1) - 1  # shared are two with the ablation, and two with locality
     full, plain = (configs["sample-efficiency", "10%", kind] for kind in ("ConViT", "plain ViT"))
     assert full == configs["ablation", "full ConViT", "10%"]
     assert plain == configs["ablation", "plain ViT", "10%"] == configs["locality", "0 GPSA layers", "strength 0.1"]
@@ -235,6 +235,7 @@ def test_every_run_is_a_command_and_the_same_runs_are_shared(name, monkeypatch):
         ("neither", (False, 0, False, True)),
         ("GPSA frozen at conv init", (True, 1, False, False)),
         ("GPSA frozen at random", (False, 1, False, False)),
+        ("gates frozen at 0.73", (True, 1, False, True)),
         ("plain ViT", None),
     ],
 )
