@@ -38,7 +38,7 @@ NO_PICTURE = "This file cannot be read as a picture; please choose a PNG, JPEG, 
 DISPLAY_SIZE = 384  # pixels of the longer side of a picture on the page, at most
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]  # others may start programs, as EPS does
 LIKELIEST = 3  # classes shown
-CACHE = 2**26  # bytes of content maps to keep in memory
+CACHE = 2**28  # bytes of content maps to keep in memory: of the demo, about ninety pictures
 
 
 class Maps(NamedTuple):
