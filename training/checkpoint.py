@@ -10,9 +10,12 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
+import subprocess
 import sys
 import zipfile
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -22,6 +25,8 @@ from analysis import read_metrics
 from convit_min import ConViT
 from training import distributed
 from training.config import RunConfig, same_run
+
+START_TIME = datetime.now(timezone.utc)
 
 
 def save(record: dict, file: Path):
@@ -173,16 +178,45 @@ def snapshot_epochs(epochs: int, count: int = 16) -> set[int]:
 
 
 def provenance(device: torch.device) -> dict:
-    """How a result was made: command, hardware, versions."""
+    """How a result was made: command, commit, start time, hardware, versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": git_commit(),
+        "started": START_TIME.isoformat(timespec="seconds"),
         "device": name,
+        "cpu": cpu_model(),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with "-dirty" after it if tracked files differ from it; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return None
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # not Linux, or not x86
+        return platform.processor()
+
+
+def record_cost(run: Path, images_per_second: float):
+    """Add to provenance.json the wall-clock time of this process so far, and its training speed in the last epoch."""
+    file = run / "provenance.json"
+    *earlier, entry = json.loads(file.read_text())
+    wall_clock = datetime.now(timezone.utc) - START_TIME
+    entry |= {"wall_clock_s": round(wall_clock.total_seconds()), "images_per_second": round(images_per_second)}
+    write(file, json.dumps([*earlier, entry], indent=2) + "\n")
 
 
 def append_metrics(run: Path, line: dict):

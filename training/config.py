@@ -42,6 +42,7 @@ class RunConfig:
     gating: str = flag("learned", "frozen keeps the gates where they start", choices=["learned", "frozen"])
     gate_init: float = flag(1.0, "the gates before training, as logits: 1 is 0.73 position, 0 is half and half")
     freeze_gpsa: bool = flag(False, "do not train the attention of GPSA at all: qk, v, position and gates")
+    pool: str = flag("token", "classify from the class token or the mean of patch tokens", choices=["token", "mean"])
     drop_path: float = flag(0.0, "stochastic depth of the last block")
 
     warmup_epochs: float = flag(5.0, "linear warm-up")

@@ -36,6 +36,8 @@ def end_epoch(run: Path, parts: dict, config, metrics: dict, classes: list[str],
     if epoch in checkpoint.snapshot_epochs(config.total_epochs()):
         checkpoint.save_weights(model, classes, epoch, run / "snapshots" / f"epoch_{epoch:04d}.pt", half=True)
     checkpoint.append_metrics(run, metrics)
+    if "images_per_second" in metrics:
+        checkpoint.record_cost(run, metrics["images_per_second"])
     checkpoint.save_last(run, parts, config, state)
     draw_run(read_metrics(run), run, uniform_non_locality(model.config.grid))
     if config.tensorboard:
