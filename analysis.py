@@ -1,9 +1,12 @@
-"""What the heads of a ConViT do, as tensors: gate, attention centre, locality strength and non-locality.
+"""What the heads of a ConViT do, as tensors: gate, attention center, locality strength, and non-locality.
 
-Everything is per layer and head, (l h); plain blocks have no position and so hold NaN in all but the non-locality.
+All statistics are per layer and head (l h). Self-attention layers have no position: only their non-locality is a
+number, the rest is NaN.
 """
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,83 +15,90 @@ from torch import Tensor
 
 from convit_min import GPSA, ConViT, HeadAttention
 
+MAP_ELEMENTS = 2**20  # of one head that `head_statistics` holds in memory at once
+
 
 class HeadStatistics(NamedTuple):
-    """One reading of all heads; NaN where a plain block has no such number."""
+    """Statistics of all heads; NaN in self-attention layers, except for the non-locality."""
 
-    gate: Tensor  # l h: sigmoid(gating_param), 1 is all position, 0 all content
-    centre: Tensor  # l h 2: attention centre (dx, dy) in patches, right and down positive
-    strength: Tensor  # l h: locality strength alpha; negative where a head has come to avoid its centre
-    non_locality: Tensor  # l h: mean attended distance in patches
+    gate: Tensor  # l h: sigmoid(gating_param); 1 is position only, 0 content only
+    center: Tensor  # l h 2: attention center (dx, dy) in patches, right and down are positive
+    strength: Tensor  # l h: locality strength alpha; negative if the head avoids its center
+    non_locality: Tensor  # l h: mean attention distance in patches
 
 
 @torch.no_grad()
-def head_statistics(model: ConViT, images: Tensor, batch_size: int = 64) -> HeadStatistics:
-    """Read every head of a model, its non-locality on these images (b c H W, normalised) where attention happens."""
+def head_statistics(model: ConViT, images: Tensor, batch_size: int | None = None) -> HeadStatistics:
+    """Statistics of all heads; the non-locality is measured on normalized images (b c H W), on each layer's own input.
+
+    Without a batch size, images are processed in batches whose attention maps fit in memory.
+    """
     was_training = model.training
     model.eval()
     grid = tuple(side // model.config.patch_size for side in images.shape[-2:])
-    total = sum(
-        torch.stack([non_locality(layer, grid) for layer in model(batch, return_attention=True)[1]]) * len(batch)
-        for batch in images.split(batch_size)
-    )
+    batch_size = batch_size or max(1, min(16, MAP_ELEMENTS // math.prod(grid) ** 2))
+    total = 0
+    for batch in images.split(batch_size):
+        _, attention = model(batch, return_attention=True)
+        total += torch.stack([non_locality(layer, grid) for layer in attention]) * len(batch)
     model.train(was_training)
-    return HeadStatistics(gates(model), attention_centres(model), locality_strengths(model), total / len(images))
+    return HeadStatistics(gates(model), attention_centers(model), locality_strengths(model), total / len(images))
 
 
 def gates(model: ConViT) -> Tensor:
-    """sigmoid(gating_param) of every head (l h)."""
-    return _per_head(model, lambda attn: attn.gating_param.sigmoid())
+    """The gate of every head (l h)."""
+    return _per_head(model, GPSA.gate)
 
 
 def locality_strengths(model: ConViT) -> Tensor:
-    """alpha = -v_pos[2] of every head (l h): how sharply it looks at its attention centre."""
+    """alpha = -v_pos[2] of every head (l h): the inverse squared width of its positional attention."""
     return _per_head(model, lambda attn: -attn.pos_proj.weight[:, 2])
 
 
-def attention_centres(model: ConViT) -> Tensor:
-    """Delta = v_pos[:2] / (2 alpha) of every head: (dx, dy) in patches (l h 2). NaN where alpha is 0: there is none.
+def attention_centers(model: ConViT) -> Tensor:
+    """(dx, dy) = v_pos[:2] / (2 alpha) of every head, in patches (l h 2). NaN if alpha is 0, since there is no center.
 
-    With a negative alpha this is the place that the head avoids.
+    A head with a negative alpha avoids this point.
     """
-    return _per_head(model, lambda attn: _centre(attn.pos_proj.weight), (2,))
+
+    def center(attn: GPSA) -> Tensor:
+        v_pos = attn.pos_proj.weight
+        curvature = v_pos[:, 2:]
+        return torch.where(curvature == 0, torch.nan, v_pos[:, :2] / (-2 * curvature))
+
+    return _per_head(model, center, (2,))
 
 
 def non_locality(attention: HeadAttention, grid: tuple[int, int]) -> Tensor:
-    """Mean attended distance of every head of a block in patches (h), averaged over images and queries (Eq. 8).
+    """Mean attention distance of every head of a layer in patches (h), averaged over images and queries (Eq. 8).
 
-    A class token has no place: where one has joined, only what patches give to patches counts, scaled to sum to 1.
+    The class token has no position: only attention between patches counts, renormalized to sum to 1.
     """
     distance = patch_distances(grid).to(attention.mixed)
-    extra = attention.mixed.shape[-1] - len(distance)
-    patches = attention.mixed[..., extra:, extra:]
+    num_extra = attention.mixed.shape[-1] - len(distance)
+    patches = attention.mixed[..., num_extra:, num_extra:]
     return ((patches * distance).sum(-1) / patches.sum(-1)).mean(dim=(0, 2))
 
 
 def uniform_non_locality(grid: tuple[int, int]) -> float:
-    """The non-locality of a head that looks everywhere alike: the line to compare with."""
+    """The non-locality of uniform attention: a reference line."""
     return patch_distances(grid).mean().item()
 
 
 def patch_distances(grid: tuple[int, int]) -> Tensor:
-    """Euclidean distance in patches between any two of a grid's (Y, X) patches (n n)."""
-    place = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float32) for side in grid))
-    return torch.cdist(place, place)
+    """Euclidean distance between all pairs of patches of a grid (Y, X), in patches (n n)."""
+    position = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float32) for side in grid))
+    return torch.cdist(position, position)
 
 
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, one an epoch; an unfinished last one, of a run cut off, is left out."""
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The records of metrics.jsonl, one per epoch. An incomplete last line, of an interrupted run, is ignored."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _centre(v_pos: Tensor) -> Tensor:
-    curvature = v_pos[:, 2:]
-    return torch.where(curvature == 0, torch.nan, v_pos[:, :2] / (-2 * curvature))
-
-
-def _per_head(model: ConViT, read, shape: tuple[int, ...] = ()) -> Tensor:
-    """What `read` says of every layer, of `shape` for each head (l h ...); NaN for plain layers."""
-    nothing = torch.full((model.config.num_heads, *shape), torch.nan, device=model.pos_embed.device)
+def _per_head(model: ConViT, statistic: Callable[[GPSA], Tensor], shape: tuple[int, ...] = ()) -> Tensor:
+    """A statistic, of the given shape per head, of every layer (l h ...); NaN in self-attention layers."""
+    nan = torch.full((model.config.num_heads, *shape), torch.nan, device=model.pos_embed.device)
     layers = [block.attn for block in model.blocks]
-    return torch.stack([read(attn).detach().float() if isinstance(attn, GPSA) else nothing for attn in layers])
+    return torch.stack([statistic(attn).detach().float() if isinstance(attn, GPSA) else nan for attn in layers])

@@ -1,12 +1,12 @@
-"""Watch the heads of a ConViT leave position for content, in the browser.
+"""Interactive viewer: watch the heads of a ConViT escape locality.
 
-    python app.py                              opens the run that ships in demo/, on http://127.0.0.1:7860
-    python app.py --run runs/cifar             a run of your own, also one that is still training
-    python app.py --run runs/a --compare runs/b runs/c      with others' curves beside it
-    python app.py --weights convit_tiny        released weights, or a file of weights
+    python app.py                            opens demo/ on http://127.0.0.1:7860
+    python app.py --run runs/cifar           opens a run folder, which may still be training
+    python app.py --run runs/a runs/b        opens runs/a and plots the curves of runs/b beside its own
+    python app.py --weights convit_tiny      opens a released model, or a file of weights
 
-Layout and callbacks only: viewer/ computes what is shown (probe.py), trains what a visitor asks for (trainer.py), draws
-pictures to keep (figures.py) and holds the page itself (panel/).
+This file connects the page (viewer/web/) to what it shows (viewer/inspector.py), to the training runs that users start
+(viewer/sessions.py) and to the figures that they save (viewer/export.py).
 """
 
 import argparse
@@ -20,7 +20,7 @@ import socket
 import sys
 from pathlib import Path
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import: no outbound request, ever
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import: no outbound requests
 
 import gradio as gr
 import torch
@@ -28,173 +28,176 @@ from gradio.media import get_image
 from PIL import Image
 from starlette.middleware import Middleware
 
-from pictures import middle, open_picture
+from images import center_crop, load_image
 from training.patterns import patterns
-from viewer.figures import animation, view
-from viewer.guard import Guard
-from viewer.probe import Probe, data_url, open_run, open_weights, story
-from viewer.trainer import Trainer
+from viewer.export import render_gif, render_png
+from viewer.inspector import AttentionInspector, data_url, encode_image, open_run, open_weights, read_curves
+from viewer.limits import RequestLimitMiddleware
+from viewer.sessions import TrainingQueue
 
 HERE = Path(__file__).parent
-PANEL = HERE / "viewer" / "panel"
-SCRIPTS = ["maps.js", "charts.js", "heads.js", "story.js", "kernel.js", "train.js", "controls.js", "main.js"]
-EXAMPLES = {"cheetah": "cheetah1.jpg", "lion": "lion.jpg", "bus": "bus.png", "tower": "tower.jpg"}  # ship inside Gradio
+WEB = HERE / "viewer" / "web"
+SCRIPTS = ["maps.js", "charts.js", "heads.js", "curves.js", "kernel.js", "train.js", "controls.js", "main.js"]
+EXAMPLES = {"cheetah": "cheetah1.jpg", "lion": "lion.jpg", "bus": "bus.png", "tower": "tower.jpg"}  # part of Gradio
 PAGE_CSS = """.gradio-container { overflow: visible !important; }
 @media (max-width: 700px) { .gradio-container .main { padding: 8px !important; } }"""
-REFUSED = "The page and its server do not understand each other; please reload the page."
 
 
-def build(probe: Probe, compare: list[Path] = ()) -> gr.Blocks:
-    """The page for a model, with the curves of other runs beside its own. Raises ValueError for runs without any."""
-    names = [probe.name, *(run.name for run in compare)]
-    longer = {run: f"{run.parent.name}/{run.name}" for run in compare}  # tells runs of one name apart
-    others = [story(run, run.name if names.count(run.name) == 1 else longer[run]) for run in compare]
-    if None in others:
-        raise ValueError(f"{compare[others.index(None)]} holds no metrics.jsonl; give run folders with --compare")
-    trainer, trained = Trainer(), {}
-    atexit.register(trainer.close)
+def build_page(inspector: AttentionInspector, other_runs: list[Path] = ()) -> gr.Blocks:
+    """The page for one model, with the curves of other runs. Raises ValueError for a run without metrics."""
+    other_curves = read_other_curves(inspector.name, other_runs)
+    training_queue, trained = TrainingQueue(), {}  # trained: inspectors by session
+    atexit.register(training_queue.close)
 
-    def probe_of(asked: dict) -> Probe:
-        """The model that a visitor looks at: the page's own, or the one that they have trained here."""
-        for gone in [name for name, one in list(trained.items()) if not one.run.exists()]:
-            trained.pop(gone, None)
-        visitor = asked["run"]
-        if visitor == "":
-            return probe
-        run = trainer.run(visitor)
-        if not run.exists():
-            raise ValueError("What was trained here is no longer kept; please choose the other model.")
-        return trained.get(visitor) or trained.setdefault(visitor, open_run(run, "trained here"))
+    def select(request: dict) -> AttentionInspector:
+        """The server's model (run ""), or the model that this session has trained."""
+        for session in [session for session, opened in list(trained.items()) if not opened.run_dir.exists()]:
+            trained.pop(session, None)
+        session = request["run"]
+        if session == "":
+            return inspector
+        run_dir = training_queue.run_dir(session)
+        if not run_dir.exists():
+            raise ValueError("This training run has expired; please select another model.")
+        return trained.get(session) or trained.setdefault(session, open_run(run_dir, "trained here"))
 
-    def describe(asked: dict) -> dict:
-        chosen = probe_of(asked)
-        chosen.refresh()
-        begin = [{"name": name, "thumb": thumb(file)} for name, file in examples(chosen.flags.get("dataset")).items()]
-        return chosen.description() | {"others": [] if asked["run"] else others, "examples": begin}
+    # the functions that the page's JavaScript calls
+    def describe(request: dict) -> dict:
+        selected = select(request)
+        selected.refresh()
+        examples = load_examples(selected.train_config.get("dataset"))
+        thumbnails = [{"name": name, "thumbnail": thumbnail(data)} for name, data in examples.items()]
+        return selected.describe() | {"others": [] if request["run"] else other_curves, "examples": thumbnails}
 
-    def choose(asked: dict) -> dict:
-        chosen = probe_of(asked)
-        if "example" in asked:
-            return chosen.picture(examples(chosen.flags.get("dataset"))[asked["example"]])
-        return chosen.picture(base64.b64decode(asked["file"], validate=True))
+    def prepare_image(request: dict) -> dict:
+        selected = select(request)
+        if "example" in request:
+            return selected.prepare_image(load_examples(selected.train_config.get("dataset"))[request["example"]])
+        return selected.prepare_image(base64.b64decode(request["file"], validate=True))
 
-    def read_layer(asked: dict) -> dict:
-        return probe_of(asked).read_layer(asked["pixels"], asked["layer"])
+    def layer_maps(request: dict) -> dict:
+        return select(request).layer_maps(request["pixels"], request["layer"])
 
-    def what_if(asked: dict) -> dict:
-        return probe_of(asked).what_if(asked["pixels"], asked["layer"], asked["checkpoint"], asked["gates"])
+    def recompute(request: dict) -> dict:
+        selected = select(request)
+        return selected.recompute(request["pixels"], request["layer"], request["snapshot"], request["gates"])
 
-    def export(asked: dict) -> dict:
-        chosen, layer, query = probe_of(asked), asked["layer"], asked["query"]
-        picture = {"display": asked["display"], "pixels": asked["pixels"]}
-        if asked["moving"]:
-            return {"file": data_url(animation(chosen, picture, layer, query), "image/gif")}
-        other = asked["gates"], asked["recomputed"]
-        return {"file": data_url(view(chosen, picture, layer, asked["checkpoint"], query, *other), "image/png")}
+    def export(request: dict) -> dict:
+        selected, layer, query = select(request), request["layer"], request["query"]
+        image = {"display": request["display"], "pixels": request["pixels"]}
+        if request["animated"]:
+            return {"file": data_url(render_gif(selected, image, layer, query), "image/gif")}
+        gates, recomputed = request["gates"], request["recomputed"]
+        png = render_png(selected, image, layer, request["snapshot"], query, gates, recomputed)
+        return {"file": data_url(png, "image/png")}
 
-    def train(asked: dict) -> dict:
-        if asked["wish"] == "start":
-            trained.pop(asked["visitor"], None)  # an earlier run of theirs
-        return trainer.ask(asked["visitor"], asked["wish"])
+    def train(request: dict) -> dict:
+        if request["action"] == "start":
+            trained.pop(request["session"], None)  # the session's earlier run
+        return training_queue.handle(request["session"], request["action"])
 
-    def heads(picture: str, layer: int, checkpoint: int = -1, row: int = 0, column: int = 0) -> list[dict]:
-        """What every head of a layer looks at from one patch of a picture (a file in base64).
+    # the function that Python clients call
+    def heads(image: str, layer: int, snapshot: int = -1, row: int = 0, column: int = 0) -> list[dict]:
+        """Gate and attention maps of every head of a layer, for one query patch of an image (a file in base64).
 
-        Layers are counted from 1 as on the page, checkpoints, rows and columns from 0; checkpoint -1 is the last.
+        Layers count from 1, as on the page; snapshots, rows and columns from 0. Snapshot -1 is the last one.
         """
-        (rows, columns), count = probe.config.grid, len(probe.epochs)
-        ranges = {"layer": (layer, 1, len(probe.layers)), "checkpoint": (checkpoint, -count, count - 1),
+        (rows, columns), count = inspector.config.grid, len(inspector.epochs)
+        ranges = {"layer": (layer, 1, len(inspector.layers)), "snapshot": (snapshot, -count, count - 1),
                   "row": (row, 0, rows - 1), "column": (column, 0, columns - 1)}  # fmt: skip
         for name, (value, lowest, highest) in ranges.items():
             if not (isinstance(value, int) and lowest <= value <= highest):
                 raise gr.Error(f"expected a {name} from {lowest} to {highest}", print_exception=False)
         try:
-            pixels = probe.picture(base64.b64decode(picture, validate=True))["pixels"]
-            return probe.heads(pixels, layer - 1, checkpoint % count, row * columns + column)
-        except ValueError as problem:
-            raise gr.Error(str(problem), print_exception=False) from None
+            pixels = inspector.prepare_image(base64.b64decode(image, validate=True))["pixels"]
+            return inspector.head_maps(pixels, layer - 1, snapshot % count, row * columns + column)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
 
-    with gr.Blocks(title="ConViT: watch heads escape", fill_width=True) as page:
+    with gr.Blocks(title="ConViT: watch heads escape locality", fill_width=True) as page:
         gr.HTML(
-            html_template=(PANEL / "panel.html").read_text(),
-            css_template=(PANEL / "panel.css").read_text(),
-            js_on_load="\n".join((PANEL / name).read_text() for name in SCRIPTS),
-            server_functions=[answered(one) for one in (describe, choose, read_layer, what_if, export, train)],
+            html_template=(WEB / "page.html").read_text(),
+            css_template=(WEB / "page.css").read_text(),
+            js_on_load="\n".join((WEB / name).read_text() for name in SCRIPTS),
+            server_functions=list(map(json_errors, (describe, prepare_image, layer_maps, recompute, export, train))),
             apply_default_css=False,
-            elem_id="panel",
+            elem_id="viewer",
         )
         gr.api(heads, api_name="heads", concurrency_limit=2)
     return page
 
 
-def answered(function):
-    """A server function whose errors are words for the visitor, whatever they may have sent."""
+def read_other_curves(name: str, runs: list[Path]) -> list[dict]:
+    """Curves of other runs; where names repeat, they include the parent folder. Raises ValueError without metrics."""
+    names = [name, *(run.name for run in runs)]
+    curves = [read_curves(run, run.name if names.count(run.name) == 1 else "/".join(run.parts[-2:])) for run in runs]
+    if None in curves:
+        raise ValueError(f"{runs[curves.index(None)]} has no metrics.jsonl; pass run folders with --run")
+    return curves
+
+
+def json_errors(function):
+    """Return a server function's errors to the page as a message for the user, whatever the request contains."""
 
     @functools.wraps(function)
-    def answer(asked: dict) -> dict:
+    def wrapper(request: dict) -> dict:
         try:
-            return function(asked)
-        except ValueError as problem:
-            return {"error": str(problem)}
+            return function(request)
+        except ValueError as error:
+            return {"error": str(error)}
         except (KeyError, TypeError, IndexError, AttributeError, FileNotFoundError):
-            return {"error": REFUSED}
+            return {"error": "Invalid request. Please reload the page."}
 
-    return answer
+    return wrapper
 
 
 @functools.cache
-def examples(dataset: str | None) -> dict[str, bytes]:
-    """Pictures to begin with, by name: those that ship inside Gradio, or patterns where a model has learned these."""
-    if dataset == "patterns":
-        return {f"pattern {index}": png(image) for index, image in enumerate(patterns(4, "test")[0], 1)}
-    return {name: Path(get_image(file)).read_bytes() for name, file in EXAMPLES.items()}
-
-
-def png(pixels: torch.Tensor) -> bytes:
-    """A picture (uint8, 3 H W) as a file."""
-    stream = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(stream, "PNG")
-    return stream.getvalue()
+def load_examples(dataset: str | None) -> dict[str, bytes]:
+    """Example images as files, by name: synthetic patterns for models trained on them, else photos."""
+    if dataset != "patterns":
+        return {name: Path(get_image(file)).read_bytes() for name, file in EXAMPLES.items()}
+    images = patterns(4, "test")[0].permute(0, 2, 3, 1).numpy()
+    return {f"pattern {index}": encode_image(Image.fromarray(pixels), "PNG") for index, pixels in enumerate(images, 1)}
 
 
 @functools.lru_cache(maxsize=16)
-def thumb(file: bytes) -> str:
-    """A small version of a picture, as the address of an <img>."""
-    stream = io.BytesIO()
-    middle(open_picture(io.BytesIO(file)), 96, 96).save(stream, "JPEG", quality=85)
-    return data_url(stream.getvalue(), "image/jpeg")
+def thumbnail(data: bytes) -> str:
+    """A small version of an image file, as a data URL."""
+    small = center_crop(load_image(io.BytesIO(data)), 96, 96)
+    return data_url(encode_image(small, "JPEG", quality=85), "image/jpeg")
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--run", default=HERE / "demo", type=Path, help="run folder of train_cifar.py (default: demo/)")
-    what.add_argument("--weights", metavar="NAME|FILE", help="released weights by name, or a file of weights, instead")
-    parser.add_argument(
-        "--compare", nargs="+", type=Path, default=[], metavar="RUN", help="runs to show curves of, too"
-    )
-    host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # a Hugging Face Space sets this
+    model = parser.add_mutually_exclusive_group()
+    run_help = "run folder to open (default: demo/); more runs add their curves"
+    model.add_argument("--run", nargs="+", default=[HERE / "demo"], type=Path, metavar="FOLDER", help=run_help)
+    model.add_argument("--weights", metavar="NAME|FILE", help="released model or file of weights to open instead")
+    host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # set by Hugging Face Spaces
     parser.add_argument("--host", default=host, help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
-    given = parser.parse_args()
+    parser.add_argument("--port", type=int, help="port to listen on (default: first free port from 7860)")
+    args = parser.parse_args()
     torch.set_num_threads(2)
     try:
-        page = build(open_weights(given.weights) if given.weights else open_run(given.run), given.compare)
-    except (OSError, ValueError) as problem:
-        sys.exit(f"app.py: {problem}")
+        if args.weights:
+            page = build_page(open_weights(args.weights))
+        else:
+            page = build_page(open_run(args.run[0]), args.run[1:])
+    except (OSError, ValueError) as error:
+        sys.exit(f"app.py: {error}")
     try:
-        socket.create_server((given.host, given.port or 0)).close()
-    except (OSError, OverflowError) as problem:
-        sys.exit(f"app.py: cannot listen on --host {given.host} --port {given.port or 'any'}: {problem}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that what visitors train ends, too
+        socket.create_server((args.host, args.port or 0)).close()
+    except (OSError, OverflowError) as error:
+        sys.exit(f"app.py: cannot listen on --host {args.host} --port {args.port or 'any'}: {error}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # runs atexit, which stops training
     # fmt: off
-    page.launch(server_name=given.host, server_port=given.port, footer_links=[], quiet=True, run_history=False,
+    page.launch(server_name=args.host, server_port=args.port, footer_links=[], quiet=True, run_history=False,
                 css=PAGE_CSS, share=False, ssr_mode=False, prevent_thread_lock=True,
-                app_kwargs={"middleware": [Middleware(Guard)]})
+                app_kwargs={"middleware": [Middleware(RequestLimitMiddleware)]})
     # fmt: on
-    print(f"The page is at {page.local_url} (Ctrl-C ends it)", flush=True)
+    print(f"Viewer running at {page.local_url} (press Ctrl-C to stop)", flush=True)
     page.block_thread()
 
 

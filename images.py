@@ -1,32 +1,45 @@
-"""Pictures as files: opened alike for training and for the page (but for JPEGs in train_imagenet.py, for speed)."""
+"""Images as files and as model input: one decoder, one crop, one normalization for training, tools, and the viewer."""
 
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel, for pixels in 0..1
 
 
-def open_picture(file: Path | BinaryIO, enough: int | None = None) -> Image.Image:
-    """Any common picture as RGB: upright, transparency on white, 16 bits as 8. Raises ValueError where it is none.
+def load_image(file: Path | BinaryIO, min_size: int | None = None) -> Image.Image:
+    """Decode an image file to 8-bit RGB: EXIF orientation applied, transparency on white, 16 bits reduced to 8.
 
-    A JPEG with more than `enough` pixels a side may come smaller, but not below that: it is decoded faster.
+    With `min_size`, a JPEG may be decoded at reduced scale, which is faster, but no side gets shorter than that.
+    Raises ValueError if the file is not a readable image.
     """
     try:
-        with Image.open(file) as picture:
-            if enough:
-                picture.draft(None, (enough, enough))
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):
-                picture = Image.fromarray((np.asarray(picture) // 256).clip(0, 255).astype(np.uint8))
-            if not picture.has_transparency_data:
-                return picture.convert("RGB")
-            picture = picture.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    except Exception as error:  # a decoder raises nearly anything on a damaged picture
-        raise ValueError(f"{file} cannot be read as a picture; mend or remove it") from error
+        with Image.open(file) as image:
+            if min_size:
+                image.draft(None, (min_size, min_size))
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+            if not image.has_transparency_data:
+                return image.convert("RGB")
+            image = image.convert("RGBA")
+            background = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(background, image).convert("RGB")
+    except Exception as error:  # decoders raise nearly any exception on a damaged file
+        raise ValueError(f"{file} is not a readable image; repair or remove it") from error
 
 
-def middle(picture: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest part from the middle that has the shape height x width, scaled to it."""
-    return ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest centered crop with the aspect ratio height : width, resized to that size."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Normalize pixels in 0..255 (b 3 H W, any dtype) by the mean and standard deviation of ImageNet, as models expect."""
+    # Python floats, channel by channel: tensors of constants would have to be copied to the GPU
+    channels = zip(images.unbind(dim=-3), MEAN, STD, strict=True)
+    return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=-3)

@@ -1,13 +1,12 @@
-"""How fast the page answers: the hand of one visitor in Chromium, then many visitors at once.
+"""Latency of the viewer: first for one user in Chromium, then for 20 clients at once.
 
-    python benchmark_viewer.py                two minutes on two cores; needs requirements-dev.txt and Chromium
+    python -m benchmarks.viewer        two minutes on two cores; needs requirements-dev.txt and Chromium
 
-Starts app.py, moves and clicks as a visitor does, and takes the time from the event until the frame after it is
-painted. Then 20 visitors each ask the server for something else every second for a minute, as the page's own code asks.
-Writes results/viewer.{json,md}, and viewer.png, the page as it looks.
+Starts app.py, sends mouse and keyboard events to the page, and measures the time from each event until the browser has
+painted the result. Then 20 clients each send one random request per second to the server, for a minute.
+Writes results/benchmarks/viewer.{json,md} and viewer.png, a screenshot.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -15,13 +14,11 @@ import os
 import random
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,201 +27,193 @@ import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from benchmarks.timing import benchmark_parser, time_calls, write_results
 from training.checkpoint import provenance
 
-HERE = Path(__file__).parent
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run"]  # fmt: skip
-VISITORS = 20
-# milliseconds from an event's handler to the end of the frame that shows what it changed
-WATCH = """name => { window.taken = [];
-    addEventListener(name, () => { const start = performance.now();
-        requestAnimationFrame(() => { const channel = new MessageChannel();
-            channel.port1.onmessage = () => window.taken.push(performance.now() - start);
-            channel.port2.postMessage(0); }); }, { capture: true }); }"""
+ROOT = Path(__file__).parent.parent
+CLIENTS = 20
+# timeUntil: milliseconds from `action` to the first paint after `isDone`; recordLatency: from every event to its paint
+TIMERS = """
+const painted = () => new Promise((resolve) => requestAnimationFrame(() => {
+    const channel = new MessageChannel();  // delivers after painting
+    channel.port1.onmessage = resolve;
+    channel.port2.postMessage(0);
+}));
+window.timeUntil = async (action, isDone) => {
+    const start = performance.now();
+    action();
+    for (let done = false; !done; await painted()) done = isDone();
+    return performance.now() - start;
+};
+window.samples = [];
+window.recordLatency = (event) =>
+    addEventListener(event, async () => samples.push(await timeUntil(() => {}, () => true)), { capture: true });
+"""
 
 
 def start_server() -> tuple[subprocess.Popen, str]:
-    """app.py on a free port, and its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, HERE / "app.py", "--port", str(port)], **quiet)
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}").close()
-            return process, f"http://127.0.0.1:{port}"
-        except OSError:
-            if process.poll() is not None:
-                sys.exit("benchmark_viewer.py: app.py did not start")
-            time.sleep(0.1)
+    """Run app.py; return the process and the URL that it prints."""
+    process = subprocess.Popen([sys.executable, ROOT / "app.py"], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if url := re.search(r"http://[\w.:]+", line):
+            return process, url[0]
+    sys.exit("benchmarks.viewer: app.py did not start")
 
 
-def open_page(browser: Browser, address: str) -> tuple[Page, float]:
-    """A new visitor's page, and the milliseconds until its first picture and maps."""
+def open_page(browser: Browser, url: str) -> Page:
+    """Open the page in a new browser session and wait for its first attention maps."""
     page = browser.new_context(viewport={"width": 1440, "height": 1000}).new_page()
-    start = time.perf_counter()
-    page.goto(address)
-    page.wait_for_selector(".panel:not(.loading)")
-    return page, 1000 * (time.perf_counter() - start)
+    page.add_init_script(TIMERS)
+    page.goto(url)
+    page.wait_for_selector(".viewer:not(.loading)")
+    return page
 
 
 def hover(page: Page) -> list[float]:
-    """Milliseconds of 300 moves of the mouse over the picture."""
-    page.evaluate(WATCH, "pointermove")
-    box = page.locator(".picture").bounding_box()
+    """Milliseconds from each of 300 mouse moves over the image to the repaint."""
+    page.evaluate("recordLatency('pointermove')")
+    box = page.locator(".image").bounding_box()
     for step in range(300):
-        page.mouse.move(
-            box["x"] + (7 * step % 97) / 97 * box["width"], box["y"] + (13 * step % 89) / 89 * box["height"]
-        )
+        x, y = 7 * step % 97 / 97, 13 * step % 89 / 89
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
     page.wait_for_timeout(100)
-    return page.evaluate("taken")
+    return page.evaluate("samples.splice(0)")
 
 
-def checkpoints(page: Page) -> list[float]:
-    """Milliseconds of 60 moves of the checkpoint slider."""
-    page.evaluate(WATCH, "input")
-    last = int(page.locator(".checkpoint").get_attribute("max"))
+def change_snapshot(page: Page) -> list[float]:
+    """Milliseconds from each of 60 moves of the epoch slider to the repaint."""
+    page.evaluate("recordLatency('input')")
+    slider = page.locator(".snapshot")
+    count = int(slider.get_attribute("max")) + 1
     for step in range(60):
-        page.locator(".checkpoint").fill(str((5 * step + 1) % (last + 1)))
+        slider.fill(str((5 * step + 1) % count))
     page.wait_for_timeout(100)
-    return page.evaluate("taken")
+    return page.evaluate("samples.splice(0)")
 
 
-def layers(page: Page) -> list[float]:
-    """Milliseconds of 40 changes of the layer, each a question to the server."""
-    script = """layer => new Promise(done => { const start = performance.now();
-        const choice = document.querySelector(".layer");
-        choice.value = layer; choice.dispatchEvent(new Event("change"));
-        const look = () => requestAnimationFrame(() => convit.state.layer === layer
-            ? requestAnimationFrame(() => done(performance.now() - start)) : look()); look(); })"""
-    return [page.evaluate(script, step % 5) for step in range(40)]
+def change_layer(page: Page) -> list[float]:
+    """Milliseconds from each of 40 selections of a layer to the maps, which the server sends."""
+    script = """(layer) => timeUntil(() => {
+        const select = document.querySelector(".layer");
+        select.value = layer;
+        select.dispatchEvent(new Event("change"));
+    }, () => convit.state.layer === layer)"""
+    count = page.locator(".layer option").count()
+    return [page.evaluate(script, step % count) for step in range(40)]
 
 
-def uploads(page: Page, file: bytes) -> list[float]:
-    """Milliseconds from choosing a file to its maps, ten times, each time another file of that kind."""
-    taken = []
+def upload(page: Page, jpeg: bytes) -> list[float]:
+    """Milliseconds from dropping a file on the page to its maps, ten times; the files differ in the last byte."""
+    script = """([data, suffix]) => {
+        const dataTransfer = new DataTransfer();
+        const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+        dataTransfer.items.add(new File([bytes, suffix], "photo.jpg"));
+        const drop = new DragEvent("drop", { dataTransfer, bubbles: true });
+        return timeUntil(() => document.body.dispatchEvent(drop), () => convit.state.example === null);
+    }"""
+    samples = []
     for step in range(10):
         page.locator("[data-example=lion]").click()
         page.wait_for_function("convit.state.example === 'lion'")
-        script = """([data, more]) => new Promise(done => {
-            const file = new File([Uint8Array.from(atob(data), c => c.charCodeAt(0)), more], "x.jpg");
-            const transfer = new DataTransfer(); transfer.items.add(file);
-            const start = performance.now();
-            const drop = new DragEvent("drop", { dataTransfer: transfer, bubbles: true });
-            document.querySelector(".picture").dispatchEvent(drop);
-            const look = () => requestAnimationFrame(() => convit.state.example === null
-                ? requestAnimationFrame(() => done(performance.now() - start)) : look()); look(); })"""
-        taken.append(page.evaluate(script, [base64.b64encode(file).decode(), str(step)]))
-    return taken
+        samples.append(page.evaluate(script, [base64.b64encode(jpeg).decode(), str(step)]))
+    return samples
 
 
-def photo(width: int, height: int) -> bytes:
-    """A JPEG as a camera makes it."""
-    stream = io.BytesIO()
+def noise_jpeg(width: int, height: int) -> bytes:
+    """A JPEG of smooth noise, about as detailed as a photo."""
+    file = io.BytesIO()
     noise = Image.effect_noise((width // 8, height // 8), 60).resize((width, height)).convert("RGB")
-    noise.save(stream, "JPEG", quality=90)
-    return stream.getvalue()
+    noise.save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
-def visitor(address: str, seed: int, seconds: float) -> list[float]:
-    """Milliseconds that each wish of one visitor took; one wish a second. Raises for any answer that is an error."""
-    numbers, taken = random.Random(seed), []
-    config = json.loads(urllib.request.urlopen(address + "/config").read())
-    panel = next(part["id"] for part in config["components"] if part["props"].get("elem_id") == "panel")
+def run_client(url: str, seed: int, seconds: float) -> list[float]:
+    """Milliseconds of random requests, one per second. Raises RuntimeError if the server responds with an error."""
+    rng = random.Random(seed)
+    config = json.loads(urllib.request.urlopen(f"{url}/config").read())
+    component = next(item["id"] for item in config["components"] if item["props"].get("elem_id") == "viewer")
 
-    def ask(name: str, **question) -> dict:
-        body = {"session_hash": str(seed), "component_id": panel, "fn_name": name, "data": {"run": ""} | question}
-        kind = {"Content-Type": "application/json"}
-        request = urllib.request.Request(address + "/gradio_api/component_server", json.dumps(body).encode(), kind)
-        answer = json.loads(urllib.request.urlopen(request, timeout=30).read())
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
+    def call(function: str, **arguments) -> dict:
+        data = {"run": ""} | arguments
+        body = {"session_hash": str(seed), "component_id": component, "fn_name": function, "data": data}
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/gradio_api/component_server", json.dumps(body).encode(), headers)
+        response = json.loads(urllib.request.urlopen(request, timeout=30).read())
+        if "error" in response:
+            raise RuntimeError(response["error"])
+        return response
 
-    run = ask("describe")
-    picture = ask("choose", example="cheetah")
-    gates = [[0.5] * len(run["gate"][0][0])] * len(run["layers"])
-    own = [base64.b64encode(photo(400 + seed, 300 + index)).decode() for index in range(4)]
+    model = call("describe")
+    pixels = call("prepare_image", example="cheetah")["pixels"]
+    gates = [[0.5] * len(heads) for heads in model["gate"][0]]
+    uploads = [base64.b64encode(noise_jpeg(400 + seed, 300 + index)).decode() for index in range(4)]
 
-    def new_picture():
-        picture.update(ask("choose", file=numbers.choice(own)))
-        ask("read_layer", pixels=picture["pixels"], layer=0)
+    def upload_image():
+        nonlocal pixels
+        pixels = call("prepare_image", file=rng.choice(uploads))["pixels"]
+        call("layer_maps", pixels=pixels, layer=0)
 
-    wishes: list[Callable] = [
-        lambda: ask("read_layer", pixels=picture["pixels"], layer=numbers.randrange(len(run["layers"]))),
-        lambda: ask("what_if", pixels=picture["pixels"], layer=0, checkpoint=0, gates=gates),
-        new_picture,
+    requests = [
+        lambda: call("layer_maps", pixels=pixels, layer=rng.randrange(len(model["layers"]))),
+        lambda: call("recompute", pixels=pixels, layer=0, snapshot=0, gates=gates),
+        upload_image,
     ]
-    end = time.perf_counter() + seconds
+    samples, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
-        start = time.perf_counter()
-        numbers.choice(wishes)()
-        taken.append(1000 * (time.perf_counter() - start))
-        time.sleep(max(1 - (time.perf_counter() - start), 0))
-    return taken
+        duration = time_calls(rng.choice(requests))
+        samples.append(1000 * duration)
+        time.sleep(max(1 - duration, 0))
+    return samples
 
 
-def memory(process: subprocess.Popen) -> float:
-    """What a process holds in memory, in MiB."""
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
-
-
-def percentile(values: list[float]) -> float:
-    return statistics.quantiles(values, n=20)[-1]
+def load_test(server: subprocess.Popen, url: str, seconds: float) -> tuple[list[float], float]:
+    """Milliseconds of the requests of CLIENTS concurrent clients, and then the resident memory of the server in MiB."""
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        clients = pool.map(lambda seed: run_client(url, seed, seconds), range(CLIENTS))
+        samples = [sample for client_samples in clients for sample in client_samples]
+    kib = subprocess.check_output(["ps", "-o", "rss=", "-p", str(server.pid)])
+    return samples, int(kib) / 1024
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--seconds", type=float, default=60, help="how long the many visitors stay")
-    given = parser.parse_args()
-    process, address = start_server()
+    parser = benchmark_parser("viewer", __doc__)
+    parser.add_argument("--seconds", type=float, default=60, help="duration of the load test (default: %(default)s)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    server, url = start_server()
     try:
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-            first = [open_page(browser, address)[1] for _ in range(5)]
-            page, _ = open_page(browser, address)
-            measured = {
-                "page to first picture and maps": (first, 2000),
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--disable-gpu"])
+            load_times = [1000 * time_calls(lambda: open_page(browser, url)) for _ in range(5)]
+            page = open_page(browser, url)
+            measured = {  # name: (samples, target), in ms
+                "page load to first maps": (load_times, 2000),
                 "hover to repaint": (hover(page), 16),
-                "another checkpoint": (checkpoints(page), 100),
-                "another layer": (layers(page), 100),
-                "own picture to maps, 0.5 megapixels": (uploads(page, photo(800, 600)), 500),
-                "own picture to maps, 12 megapixels": (uploads(page, photo(4000, 3000)), 500),
+                "change snapshot": (change_snapshot(page), 100),
+                "change layer": (change_layer(page), 100),
+                "upload to maps, 0.5 megapixels": (upload(page, noise_jpeg(800, 600)), 500),
+                "upload to maps, 12 megapixels": (upload(page, noise_jpeg(4000, 3000)), 500),
             }
-            last = int(max((HERE / "demo" / "snapshots").iterdir()).stem.removeprefix("epoch_"))
-            page, _ = open_page(browser, f"{address}/#layer=5&head=5&epoch={last}")
-            page.screenshot(path=given.out / "viewer.png")
-            version = browser.version
+            last_epoch = int(max((ROOT / "demo" / "snapshots").iterdir()).stem.removeprefix("epoch_"))
+            page = open_page(browser, f"{url}/#layer=5&head=5&epoch={last_epoch}")
+            page.screenshot(path=args.out / "viewer.png")
+            versions = {"chromium": browser.version, "gradio": gradio.__version__, "cores": os.cpu_count()}
             browser.close()
-        with ThreadPoolExecutor(VISITORS) as pool:
-            list(pool.map(lambda seed: visitor(address, seed, 10), range(VISITORS)))  # fills the caches
-            before = memory(process)
-            crowd = list(pool.map(lambda seed: visitor(address, seed, given.seconds), range(VISITORS)))
-        after = memory(process)
+        _, before = load_test(server, url, 10)  # fills the caches
+        samples, after = load_test(server, url, args.seconds)
+        measured[f"{CLIENTS} clients, one request per second each"] = (samples, 1000)
     finally:
-        process.terminate()
-    wishes = [one for taken in crowd for one in taken]
-    measured[f"{VISITORS} visitors, one wish a second each"] = (wishes, 1000)
+        server.terminate()
 
-    header = provenance(torch.device("cpu")) | {
-        "chromium": version,
-        "gradio": gradio.__version__,
-        "cores": os.cpu_count(),
-    }
-    lines = [", ".join(f"{key}: {value}" for key, value in header.items()), "",
-             "| ms | median | 95th percentile | aim | times |", "|---|---|---|---|---|"]  # fmt: skip
-    lines += [f"| {name} | {statistics.median(taken):.1f} | {percentile(taken):.1f} | {aim} | {len(taken)} |"
-              for name, (taken, aim) in measured.items()]  # fmt: skip
-    lines += ["", f"No error. The server held {before:.0f} MiB after ten seconds of {VISITORS} visitors, "
-              f"{after:.0f} MiB after {given.seconds:.0f} more."]  # fmt: skip
-    print("\n".join(lines))
-    (given.out / "viewer.md").write_text("\n".join(lines) + "\n")
-    result = {"header": header, "milliseconds": {name: taken for name, (taken, _) in measured.items()}}
-    memories = {"mebibytes": {"before": before, "after": after}}
-    (given.out / "viewer.json").write_text(json.dumps(result | memories) + "\n")
+    lines = ["| ms | median | 95th percentile | target | n |", "|---|---|---|---|---|"]
+    for name, (samples, target) in measured.items():
+        median, percentile_95 = statistics.median(samples), statistics.quantiles(samples, n=20)[-1]
+        lines.append(f"| {name} | {median:.1f} | {percentile_95:.1f} | {target} | {len(samples)} |")
+    lines.append(f"\nNo request failed. The server used {before:.0f} MiB after 10 s of {CLIENTS} clients and "
+                 f"{after:.0f} MiB after {args.seconds:.0f} s more.\n")  # fmt: skip
+    milliseconds = {name: [round(sample, 2) for sample in samples] for name, (samples, _) in measured.items()}
+    results = {"milliseconds": milliseconds, "mebibytes": {"before": before, "after": after}}
+    write_results(args.out, "viewer", provenance(torch.device("cpu")) | versions, "\n".join(lines), results)
 
 
 if __name__ == "__main__":

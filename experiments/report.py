@@ -1,6 +1,6 @@
-"""What reproduce.py and exercises.py write: of every result NAME.md, NAME.json and NAME.png in results/reproduce/.
+"""Write results: NAME.md, NAME.json and NAME.png in results/reproduce/, and the comparison of any runs.
 
-A grid's `cells` are what came out, by (row, column) of its table: see `outcome`.
+The `cells` of a table map (row, column) to the summary of a setting: see `summarize_runs`.
 """
 
 import json
@@ -15,91 +15,97 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from analysis import read_metrics, uniform_non_locality
-from training.checkpoint import provenance, write
-from training.plots import draw_gates, draw_non_locality
+from analysis import uniform_non_locality
+from training.checkpoint import provenance, write_text
+from training.plots import plot_gates, plot_non_locality
 
 RESULTS = Path("results/reproduce")
-KEPT = "what is finished is kept, and the same command goes on from there"
-COLOURS = ["#0072B2", "#D55E00", "#009E73"]  # of Okabe and Ito: told apart with any kind of colour vision
+COLORS = ["#0072B2", "#D55E00", "#009E73"]  # Okabe and Ito's: safe for color-blind readers
 MARKERS = "os^"
-PAPER = {  # top-1 accuracy on ImageNet: names of columns, and a tuple for every row of our table
-    "sample-efficiency": (["ConViT-S", "DeiT-S"], [(47.8, 34.8), (59.6, 48.0), (73.7, 66.1), (81.4, 79.9)]),
+PAPER = {  # top-1 accuracy on ImageNet: column names, and a tuple for every row of our table
+    "sample-efficiency": (
+        ["paper: ConViT-S", "paper: DeiT-S"],
+        [(47.8, 34.8), (59.6, 48.0), (73.7, 66.1), (81.4, 79.9)],
+    ),
     "ablation": (
-        ["ConViT-S+, 100%", "10%"],
+        ["paper: ConViT-S+, 100%", "paper: 10%"],
         [(82.2, 59.7), (82.0, 57.4), (81.4, 56.9), (81.6, 54.6), (79.1, 47.8), (78.6, 54.3), (73.7, 44.8)],
     ),
 }
 
 
-def ended(run: Path) -> bool:
-    """Whether a run has come to its last epoch; False where it has not even been measured once."""
-    if not (run / "metrics.jsonl").exists():
-        return False
-    last = json.loads((run / "config.json").read_text())["epochs"]
-    return any(line["epoch"] == last for line in read_metrics(run))
+def summarize_runs(records: list[dict]) -> dict:
+    """Accuracy over the seeds of a setting after the last step, with mean and std, and the mean accuracy per epoch.
 
-
-def outcome(runs: list[Path]) -> dict:
-    """What the seeds of a setting came to: accuracy after the last step, its mean and spread, and the mean over steps.
-
-    The spread is a standard deviation, None for one seed.
+    The standard deviation is None for a single seed.
     """
-    histories = [read_metrics(run) for run in runs]
+    histories = [record["metrics"] for record in records]
     accuracy = [history[-1]["test_accuracy"] for history in histories]
     return {
-        "runs": [run.name for run in runs],
+        "runs": [record["name"] for record in records],
         "accuracy": accuracy,
         "mean": mean(accuracy),
-        "spread": stdev(accuracy) if len(accuracy) > 1 else None,
+        "std": stdev(accuracy) if len(accuracy) > 1 else None,
         "steps": [line["step"] for line in histories[0]],
         "curve": [mean(line["test_accuracy"] for line in lines) for lines in zip(*histories, strict=True)],
     }
 
 
-def write_grid(folder: str, name: str, runs: dict[tuple[str, str], list[Path]]) -> dict[tuple[str, str], dict]:
-    """Write the table, the picture and all numbers of a grid, from the run folders of every place; return its cells."""
-    cells = {place: outcome(seeds) for place, seeds in runs.items()}
-    folders = sorted({run for seeds in runs.values() for run in seeds})
-    configs = [json.loads((run / "config.json").read_text()) for run in folders]
-    made = {run.name: json.loads((run / "provenance.json").read_text()) for run in folders}
-    steps = " or ".join(str(number) for number in sorted({cell["steps"][-1] for cell in cells.values()}))
-    rates = " or ".join(f"{rate:g}" for rate in sorted({config["lr"] for config in configs}))
-    pictures = "pictures held back from the training set" if configs[0]["hold_out"] else "the test pictures"
-    lines = [
-        *grid_table(name, cells),
-        "",
-        f"Accuracy (%) on {pictures} after the last step: mean ± standard deviation over the seeds (their number); one "
-        "seed where a value stands alone.",
-        f"All runs: `{configs[0]['model']}`, {steps} steps of {configs[0]['batch_size']}, learning rate {rates}.",
+def format_mean_std(cell: dict) -> str:
+    """mean ± std (number of seeds); the mean alone for a single seed."""
+    std = "" if cell["std"] is None else f" ± {cell['std']:.1f} ({len(cell['accuracy'])})"
+    return f"{cell['mean']:.1f}{std}"
+
+
+def summarize_heads(records: list[dict]) -> dict:
+    """Mean gate and non-locality of the GPSA heads after the last epoch, and how many have a gate below 0.5."""
+    heads = [record["metrics"][-1]["heads"] for record in records]
+    gates, distances = (np.array([values[key] for values in heads], dtype=float) for key in ("gate", "non_locality"))
+    gated = ~np.isnan(gates)
+    content_heads = (gates[gated] < 0.5).sum() / len(records)
+    return {"mean_gate": gates[gated].mean(), "non_locality": distances[gated].mean(), "content_heads": content_heads}
+
+
+def write_table(name: str, records: dict[tuple[str, str], list[dict]], file: Path) -> dict[tuple[str, str], dict]:
+    """Write a table from the runs of each cell, one per seed; return the cells."""
+    cells = {cell: summarize_runs(runs) for cell, runs in records.items()}
+    runs = [run for cell in records.values() for run in cell]
+    config = runs[0]["config"]
+    steps = " or ".join(str(count) for count in sorted({cell["steps"][-1] for cell in cells.values()}))
+    rates = " or ".join(f"{lr:g}" for lr in sorted({run["config"]["lr"] for run in runs}))
+    images = "a validation split of the training set" if config["val_fraction"] else "the test images"
+    notes = [
+        f"Accuracy (%) on {images} after the last step: mean ± std over seeds (n); one seed where there is no ±.",
+        f"All runs: `{config['model']}`, {steps} steps of {config['batch_size']} images, learning rate {rates}.",
     ]
-    record = {"cells": [{"row": row, "column": column} | cell for (row, column), cell in cells.items()], "runs": made}
-    entries = [entry for history in made.values() for entry in history]
-    save(f"{folder}/{name}", record, lines, entries, draw_grid(name, cells))
+    extra_columns, extra = PAPER.get(name, ([], []))
+    if name == "exercises":
+        cells = {cell: summary | summarize_heads(records[cell]) for cell, summary in cells.items()}
+        extra_columns = ["mean gate", "non-locality", "content-dominated heads (gate < 0.5)"]
+        keys = {"mean_gate": ".2f", "non_locality": ".2f", "content_heads": ".1f"}
+        extra = [[f"{cell[key]:{style}}" for key, style in keys.items()] for cell in cells.values()]
+        notes.append("Heads of the GPSA layers, mean over seeds; non-locality: mean attention distance in patches.")
+    lines = [*table_lines(name.replace("-", " "), cells, extra_columns, extra), "", *notes]
+    record = {"cells": [{"row": row, "column": column} | cell for (row, column), cell in cells.items()]}
+    save(file, record, lines, runs, PLOTS[name](cells))
     return cells
 
 
-def grid_table(name: str, cells: dict) -> list[str]:
-    """A grid as a table, with what the paper has beside it."""
-    (rows, columns), (paper_columns, paper) = axes_of(cells), PAPER.get(name, ([], []))
-    table = [[row, *(spell(cells[row, column]) for column in columns)] for row in rows]
-    for line, values in zip(table, paper, strict=False):
-        line += [f"{value:.1f}" for value in values]
-    return markdown([name.replace("-", " "), *columns, *(f"paper: {column}" for column in paper_columns)], table)
-
-
-def spell(cell: dict) -> str:
-    """The mean of a cell; where there are several seeds, also the spread and their number."""
-    several = "" if cell["spread"] is None else f" ± {cell['spread']:.1f} ({len(cell['accuracy'])})"
-    return f"{cell['mean']:.1f}{several}"
+def table_lines(corner: str, cells: dict, extra_columns=(), extra=()) -> list[str]:
+    """The lines of a table of means and standard deviations; `extra` has further values of its first rows."""
+    rows, columns = row_col_labels(cells)
+    table = [[row, *(format_mean_std(cells[row, column]) for column in columns)] for row in rows]
+    for line, values in zip(table, extra, strict=False):
+        line += map(str, values)
+    return markdown([corner, *columns, *extra_columns], table)
 
 
 def write_gates(
     run: str, metrics: list[dict], grid: tuple[int, int], maps: dict[str, tuple[Tensor, Tensor]], device: torch.device
 ):
-    """Write the gates and the non-locality of a run over training, and draw what its heads look at.
+    """Write gates and non-locality of a run over training, and plot the attention maps of its heads.
 
-    `maps` has the gates (l h) and the maps (l h Y X) of the GPSA layers, by the name of a time.
+    `maps`: the gates (l h) and attention maps (l h Y X) of the GPSA layers, by epoch.
     """
     uniform, first, last, table = uniform_non_locality(grid), metrics[0], metrics[-1], []
     for layer, gate in enumerate(last["heads"]["gate"]):
@@ -109,152 +115,184 @@ def write_gates(
         cells = [f"{value:.2f}" for value in values] or [""] * 3
         table.append([str(layer + 1), *cells, *(f"{distance:.2f}" for distance in distances)])
     before, after = (f"epoch {line['epoch']}" for line in (first, last))
-    head = ["layer", f"mean gate, {before}", after, f"lowest, {after}", f"non-locality, {before}", after]
+    head = ["layer", f"mean gate, {before}", after, f"lowest gate, {after}", f"non-locality, {before}", after]
     lines = [
         *markdown(head, table),
         "",
-        f"Run `{run}`. A gate of 1 is all position, 0 all content. Non-locality is the mean attended distance in "
-        f"patches; uniform attention has {uniform:.2f}.",
+        f"Run `{run}`. Gate 1: positional attention only; gate 0: content attention only. Non-locality: mean attention "
+        f"distance in patches; {uniform:.2f} for uniform attention.",
     ]
     heads = [{key: line["heads"][key] for key in ("gate", "non_locality")} for line in metrics]
     record = {"run": run, "uniform": uniform, "epochs": [line["epoch"] for line in metrics], "heads": heads}
-    save("gates", record, lines, [provenance(device)], draw_heads(metrics, uniform, maps))
+    save(RESULTS / "gates", record, lines, this_process(device), plot_heads(metrics, uniform, maps))
 
 
-def write_masking(run: str, without_embedding: float, curves: dict[str, list[float]], device: torch.device):
-    """Write how accurate a run's model is with its position embedding masked, and with parts of its GPSA layers.
+def write_masking(run: str, without_pos_embed: float, curves: dict[str, list[float]], device: torch.device):
+    """Write the accuracy of a run's model without its position embedding, and with parts of its GPSA layers masked.
 
-    `curves` has that with the first 0, 1, 2 ... layers masked, for "content" and "position".
+    `curves`: the accuracy with "content" or "position" masked in the first 0, 1, 2 ... GPSA layers.
     """
-    table = [
-        [str(count), *(f"{value:.1f}" for value in row)] for count, row in enumerate(zip(*curves.values(), strict=True))
-    ]
+    cells = {
+        (str(count), f"{part} masked"): {"mean": accuracy, "std": None}
+        for part, values in curves.items()
+        for count, accuracy in enumerate(values)
+    }
     lines = [
-        *markdown(["first GPSA layers masked", *curves], table),
+        *table_lines("masked GPSA layers", cells),
         "",
-        f"Test accuracy (%) of run `{run}`, nothing trained again. With the position embedding masked it has "
-        f"{without_embedding:.1f}.",
-        "In the paper (ConViT-Ti, ImageNet) 73.1 becomes 67.1 without position embedding; without content in the first "
-        "3, 5 and 10 layers 62.3, 35.0 and 1.3; without position 63.5, 53.1 and 46.8.",
+        f"Test accuracy (%) of run `{run}` with content or position masked in its first GPSA layers, without "
+        f"retraining. Without the position embedding: {without_pos_embed:.1f}.",
+        "Paper (ConViT-Ti, ImageNet): 73.1, and 67.1 without the position embedding; with content masked in the first "
+        "3, 5 and 10 layers 62.3, 35.0 and 1.3; with position masked 63.5, 53.1 and 46.8.",
     ]
-    record = {"run": run, "position_embedding_masked": without_embedding, "masked_in_first_layers": curves}
-    save("masking", record, lines, [provenance(device)], draw_masking(without_embedding, curves))
+    record = {"run": run, "position_embedding_masked": without_pos_embed, "masked_in_first_layers": curves}
+    figure = plot_lines(cells, "masked GPSA layers, from the first", "test accuracy (%)")
+    figure.axes[0].axhline(without_pos_embed, color="gray", linestyle="--", label="position embedding masked")
+    figure.axes[0].set_ylim(0)
+    figure.axes[0].legend(frameon=False)
+    save(RESULTS / "masking", record, lines, this_process(device), figure)
+
+
+def compare(runs: list[dict], folder: Path):
+    """Write a table of runs and a plot of their accuracy and mean gate: README.md and compare.png in `folder`."""
+    images = "validation" if runs[0]["config"].get("val_fraction") else "test"
+    figure, table = Figure(figsize=(9, 3.2), layout="constrained"), []
+    accuracy, gate = figure.subplots(1, 2)
+    for run in runs:
+        epochs, values = ([line[key] for line in run["metrics"]] for key in ("epoch", "test_accuracy"))
+        gates = [mean_gate(line) for line in run["metrics"]]
+        accuracy.plot(epochs, values, "o-", markersize=4, label=run["name"])
+        gate.plot(epochs, gates, "o-", markersize=4)
+        last_gate = "" if np.isnan(gates[-1]) else f"{gates[-1]:.2f}"
+        command = f"`{run['provenance'][0]['command']}`"
+        table.append([run["name"], f"{values[-1]:.1f}", str(epochs[-1]), last_gate, command])
+    accuracy.set(xlabel="epoch", ylabel=f"{images} accuracy (%)")
+    gate.set(xlabel="epoch", ylabel="mean gate: 0 content, 1 position", ylim=(0, 1.03))
+    accuracy.legend(frameon=False, fontsize="small")
+    figure.savefig(folder / "compare.png", dpi=120)
+
+    head = ["run", f"{images} accuracy after the last epoch (%)", "epochs", "mean gate", "command"]
+    made = origin(runs)
+    notes = f"One seed each; {'; '.join(made['hardware'])}. Table and plot: `{made['command']}`."
+    lines = [*markdown(head, table), "", notes, "", "![accuracy and mean gate over epochs](compare.png)"]
+    write_text(folder / "README.md", "\n".join(lines) + "\n")
+
+
+def mean_gate(line: dict) -> float:
+    """Mean gate of the GPSA layers in a line of metrics; NaN for a plain ViT."""
+    gates = [gate for layer in line["heads"]["gate"] for gate in layer if gate is not None]
+    return mean(gates) if gates else np.nan
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table, line by line."""
+    """The lines of a table."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def save(name: str, record: dict, lines: list[str], made: list[dict], figure: Figure):
-    """Write all three files of a result and print its table. `made` tells on what: entries of provenance.json."""
-    file = RESULTS / name
+def this_process(device: torch.device) -> list[dict]:
+    """In place of the runs that a result is from: the process that computes it."""
+    return [{"provenance": [provenance(device)]}]
+
+
+def origin(runs: list[dict]) -> dict:
+    """The command that is running, and the distinct machines and versions of some runs."""
+    keys = ("device", "cpu", "machine", "python", "torch", "torchvision")
+    entries = [{key: entry[key] for key in keys if entry.get(key)} for run in runs for entry in run["provenance"]]
+    hardware = sorted({", ".join(f"{key}: {value}" for key, value in entry.items()) for entry in entries})
+    command = ["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    return {"command": shlex.join(command), "hardware": hardware}
+
+
+def save(file: Path, record: dict, lines: list[str], runs: list[dict], figure: Figure):
+    """Write FILE.md, FILE.json and FILE.png, with the origin of the runs that the result is from; print the table."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    keys = ("device", "machine", "python", "torch", "torchvision")
-    hardware = sorted({", ".join(f"{key}: {entry[key]}" for key in keys) for entry in made})
-    text = "\n".join([*lines, f"`{command}`; {'; '.join(hardware)}."])
-    record = {"command": command, "hardware": hardware} | record
-    write(file.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-    write(file.with_suffix(".md"), f"{text}\n\n![the same as a picture]({file.name}.png)\n")
+    record = origin(runs) | record
+    text = "\n".join([*lines, f"`{record['command']}`; {'; '.join(record['hardware'])}."])
+    write_text(file.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    write_text(file.with_suffix(".md"), f"{text}\n\n![same data as a plot]({file.name}.png)\n")
     figure.savefig(file.with_suffix(".png"), dpi=120)
     print(f"\n{text}\n\n{file}.md, .json, .png", flush=True)
 
 
-def draw_grid(name: str, cells: dict) -> Figure:
-    """The picture of a grid."""
-    if name == "ablation":
-        return draw_ablation(cells)
-    if name == "locality":
-        return draw_locality(cells)
-    if name == "learning-rate":
-        return draw_lines(cells, "learning rate", "accuracy on held-back pictures (%)")
-    return draw_lines(cells, "share of the training pictures", "test accuracy (%)")
-
-
-def draw_lines(cells: dict, xlabel: str, ylabel: str) -> Figure:
-    """Accuracy over the rows, a line a column."""
-    rows, columns = axes_of(cells)
+def plot_lines(cells: dict, xlabel: str, ylabel: str) -> Figure:
+    """Accuracy over rows, one line per column."""
+    rows, columns = row_col_labels(cells)
     figure = Figure(figsize=(5, 3.4), layout="constrained")
-    panel = figure.subplots()
-    for column, colour, marker in zip(columns, COLOURS, MARKERS, strict=False):
-        panel.errorbar(rows, *of_column(cells, column), color=colour, marker=marker, capsize=4, label=column)
-    panel.set(xlabel=xlabel, ylabel=ylabel)
-    panel.legend(frameon=False)
+    axes = figure.subplots()
+    for column, color, marker in zip(columns, COLORS, MARKERS, strict=False):
+        axes.errorbar(rows, *column_values(cells, column), color=color, marker=marker, capsize=4, label=column)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(frameon=False)
     return figure
 
 
-def draw_ablation(cells: dict) -> Figure:
-    """Accuracy of every row, a panel a column; the dashed line is the first row's."""
-    rows, columns = axes_of(cells)
+def plot_ablation(cells: dict) -> Figure:
+    """Accuracy of every row, one panel per column; the dashed line marks the first row."""
+    rows, columns = row_col_labels(cells)
     figure = Figure(figsize=(9, 1 + 0.32 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
-    for panel, column in zip(panels, columns, strict=True):
-        means, spreads = of_column(cells, column)
-        panel.errorbar(means, rows, xerr=spreads, color=COLOURS[0], marker="o", linestyle="", capsize=4)
-        panel.axvline(means[0], color="grey", linestyle="--", linewidth=1)
-        panel.set(title=f"{column} of the pictures", xlabel="test accuracy (%)")
+    for axes, column in zip(panels, columns, strict=True):
+        means, stds = column_values(cells, column)
+        axes.errorbar(means, rows, xerr=stds, color=COLORS[0], marker="o", linestyle="", capsize=4)
+        axes.axvline(means[0], color="gray", linestyle="--", linewidth=1)
+        axes.set(title=column if len(columns) == 1 else f"{column} of the training images", xlabel="test accuracy (%)")
     panels[0].invert_yaxis()
     return figure
 
 
-def draw_locality(cells: dict) -> Figure:
-    """Accuracy over steps, a panel a column, a line a row; the first row, without GPSA, is dashed."""
-    rows, columns = axes_of(cells)
+def plot_locality(cells: dict) -> Figure:
+    """Accuracy over steps, one panel per column, one line per row; the first row, without GPSA, is dashed."""
+    rows, columns = row_col_labels(cells)
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    colours = ["grey", *colormaps["viridis"](np.linspace(0.8, 0.1, len(rows) - 1))]
-    for panel, column in zip(panels, columns, strict=True):
-        for row, colour, style in zip(rows, colours, ["--", *["-"] * len(rows)], strict=False):
+    colors = ["gray", *colormaps["viridis"](np.linspace(0.8, 0.1, len(rows) - 1))]
+    for axes, column in zip(panels, columns, strict=True):
+        for row, color, style in zip(rows, colors, ["--", *["-"] * len(rows)], strict=False):
             cell = cells[row, column]
-            panel.plot(cell["steps"], cell["curve"], style, color=colour, marker=".", label=row)
-        panel.set(title=column, xlabel="step")
+            axes.plot(cell["steps"], cell["curve"], style, color=color, marker=".", label=row)
+        axes.set(title=column, xlabel="step")
     panels[0].set_ylabel("test accuracy (%)")
     panels[-1].legend(frameon=False)
     return figure
 
 
-def draw_heads(metrics: list[dict], uniform: float, maps: dict[str, tuple[Tensor, Tensor]]) -> Figure:
-    """Gates and non-locality over training (Figs. 6 and 5), and below the map of every head at each time of `maps`."""
+def plot_heads(metrics: list[dict], uniform: float, maps: dict[str, tuple[Tensor, Tensor]]) -> Figure:
+    """Gates and non-locality over training (Figs. 6 and 5), then the attention map of every head at each epoch."""
     layers, heads = next(iter(maps.values()))[0].shape
     figure = Figure(figsize=(11, 6.2 + 0.6 * layers), layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=[2.6, 2.8, 0.8 + 0.6 * layers])
-    draw_gates(metrics, top)
-    draw_non_locality(metrics, uniform, middle)
-    for panel, (time, (gate, of_heads)) in zip(bottom.subplots(1, len(maps)), maps.items(), strict=True):
-        height, width = of_heads.shape[2:]
-        tiles = np.full((layers, height + 1, heads, width + 1), np.nan)  # a gap below and right of every map
-        peak = of_heads.amax(dim=(2, 3), keepdim=True)  # each map on its own scale, or flat ones would all be dark
-        tiles[:, :height, :, :width] = (of_heads / peak).permute(0, 2, 1, 3).numpy()
-        panel.imshow(tiles.reshape(layers * (height + 1), heads * (width + 1)), vmin=0)
+    plot_gates(metrics, top)
+    plot_non_locality(metrics, uniform, middle)
+    for axes, (epoch, (gate, attention)) in zip(bottom.subplots(1, len(maps)), maps.items(), strict=True):
+        height, width = attention.shape[2:]
+        tiles = np.full((layers, height + 1, heads, width + 1), np.nan)  # with a gap below and right of every map
+        peak = attention.amax(dim=(2, 3), keepdim=True)  # each map has its own scale, so that flat ones are visible
+        tiles[:, :height, :, :width] = (attention / peak).permute(0, 2, 1, 3).numpy()
+        axes.imshow(tiles.reshape(layers * (height + 1), heads * (width + 1)), vmin=0)
         for layer, head in np.ndindex(layers, heads):
             corner = head * (width + 1) - 0.3, (layer + 1) * (height + 1) - 1.8
-            panel.text(*corner, f"{gate[layer, head]:.2f}", color="white", fontsize=5)
-        panel.set_yticks(np.arange(layers) * (height + 1) + (height - 1) / 2, [f"layer {n + 1}" for n in range(layers)])
-        panel.set(title=f"from the middle patch, {time}", xticks=[], frame_on=False)
-        panel.tick_params(length=0)
+            axes.text(*corner, f"{gate[layer, head]:.2f}", color="white", fontsize=5)
+        axes.set_yticks(np.arange(layers) * (height + 1) + (height - 1) / 2, [f"layer {n + 1}" for n in range(layers)])
+        axes.set(title=f"attention of the center patch, {epoch}", xticks=[], frame_on=False)
+        axes.tick_params(length=0)
     return figure
 
 
-def draw_masking(without_embedding: float, curves: dict[str, list[float]]) -> Figure:
-    """Accuracy over the number of masked layers, a line a part."""
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    panel = figure.subplots()
-    for (part, accuracy), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
-        panel.plot(range(len(accuracy)), accuracy, color=colour, marker=marker, label=f"{part} masked")
-    panel.axhline(without_embedding, color="grey", linestyle="--", label="position embedding masked")
-    panel.set(xlabel="in the first so many GPSA layers", ylabel="test accuracy (%)", ylim=(0, None))
-    panel.locator_params(axis="x", integer=True)
-    panel.legend(frameon=False)
-    return figure
+def column_values(cells: dict, column: str) -> tuple[list[float], list[float]]:
+    """Means and standard deviations of a column; NaN, which draws no error bar, for a single seed."""
+    selected = [cell for (_, name), cell in cells.items() if name == column]
+    return [cell["mean"] for cell in selected], [cell["std"] or np.nan for cell in selected]
 
 
-def of_column(cells: dict, column: str) -> tuple[list[float], list[float]]:
-    """Means and spreads of a column; NaN, which draws no bar, for one seed."""
-    chosen = [cell for (_, name), cell in cells.items() if name == column]
-    return [cell["mean"] for cell in chosen], [cell["spread"] or np.nan for cell in chosen]
-
-
-def axes_of(cells: dict) -> tuple[list[str], list[str]]:
-    """The names of rows and columns, in their order."""
+def row_col_labels(cells: dict) -> tuple[list[str], list[str]]:
+    """The labels of rows and of columns, in order."""
     return list(dict.fromkeys(row for row, _ in cells)), list(dict.fromkeys(column for _, column in cells))
+
+
+PLOTS = {
+    "learning-rate": lambda cells: plot_lines(cells, "learning rate", "validation accuracy (%)"),
+    "sample-efficiency": lambda cells: plot_lines(cells, "fraction of the training images", "test accuracy (%)"),
+    "ablation": plot_ablation,
+    "exercises": plot_ablation,
+    "locality": plot_locality,
+}

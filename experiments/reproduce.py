@@ -1,67 +1,62 @@
-"""Reproduce the tables and figures of the ConViT paper on CIFAR-10, or on any folder of small pictures.
+"""Reproduce the tables and figures of the ConViT paper on CIFAR-10, or on any folder of small images.
 
-    python reproduce.py sample-efficiency       Table 2: ConViT and a plain ViT on 5, 10, 30 and 100% of the pictures
-    python reproduce.py ablation                Table 3: without gating, without convolutional init, GPSA frozen ...
-    python reproduce.py locality                Fig. 8: number of GPSA layers, strength of the convolutional init
-    python reproduce.py all                     all three; a run that several of them need is trained once
-    python reproduce.py gates --run DIR         Figs. 5 to 7 of any run, by default demo/; nothing is trained
-    python reproduce.py masking --run DIR       Tables 5 and 6 of any run, by default demo/; nothing is trained
+    python -m experiments.reproduce all             Tables 2 and 3 and Fig. 8: an hour and a half on two CPU cores
+    python -m experiments.reproduce gates           Figs. 5 to 7 of demo/, or of another --run; nothing is trained
+    python -m experiments.reproduce compare DIR     a table and a plot of the runs in DIR/runs.jsonl
 
-The first four train grids of runs of train_cifar.py, all of the same number of steps: an hour and a half in all on two
-CPU cores (--amp off where they lack bf16); --scale gpu is for one GPU. The learning rate, one for all runs, is chosen
-first, on pictures held back from the training set. A grid that was stopped or killed goes on with the same command.
-Tables, plots and JSON go to results/reproduce/, and there the runs, named by their flags; what they measured is kept
-with the code, so that a grid can go on elsewhere.
+All runs have the same number of steps, and one learning rate, which is chosen first, on a validation split. Use --amp
+off on CPUs without bf16 and --budget gpu on a GPU. Rerun the same command to resume an interrupted sweep. Tables, plots
+and finished runs (runs.jsonl) go to results/reproduce/, unfinished runs to runs/sweeps/.
 """
 
 import argparse
 import copy
-import json
 import math
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGINT, SIGTERM, getsignal, signal
 
 import torch
 
-import train_cifar
 from analysis import gates, read_metrics
-from convit_min import MODELS, ConViT, normalise
-from results import report
+from convit_min import MODELS, ConViT
+from experiments import report
+from experiments.sweep import CODE, WORK, Run, Sweep, read_run
+from images import normalize
 from train_cifar import Config
-from training.data import DATASETS, Pictures, guess_dataset, load_pictures, test_batches
-from training.flags import as_flags, at_least
-from training.loop import AMP_DTYPES, evaluate
-from viewer.probe import open_snapshot, snapshots
+from training.config import as_flags, int_at_least
+from training.data import DATASETS, ImageSet, eval_batches, infer_dataset, load_datasets
+from training.distributed import UserError
+from training.evaluation import evaluate
+from training.optim import AMP_DTYPES
+from weights import open_snapshot
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = CODE / "demo"
 
 
 @dataclass(frozen=True)
-class Scale:
-    """How large the grids are run. Every run has epochs x epoch_steps steps, whatever its share of the pictures."""
+class Budget:
+    """The size of the runs. All have epochs x steps_per_epoch steps, on any fraction of the images."""
 
-    model: str  # the plain ViT is the same with --gpsa-layers 0
-    batch_size: int
-    epoch_steps: int  # accuracy and heads are measured this often
-    epochs: int
-    rate_epochs: int  # of the runs that choose the learning rate
     seeds: int
-    shared_seeds: int  # of ConViT and plain ViT on 10%, which all three grids have: they tell how large chance is
-    how: dict = field(default_factory=dict)  # other fields of Config
+    shared_seeds: int  # of ConViT and plain ViT on 10%, which all three tables share: they measure seed noise
+    lr_epochs: int  # of the runs that choose the learning rate
+    config: dict  # fields of Config
 
 
 # fmt: off
-SCALES = {
-    "smoke":  Scale("convit_cifar_nano",   4,    3,  2, 1, 1, 2, {"img_size": 16}),  # for tests
-    "laptop": Scale("convit_cifar_nano",  32,  500,  4, 1, 1, 2, {"amp": "bf16"}),
-    "gpu":    Scale("convit_cifar",      512, 1000, 20, 5, 3, 3, {"device": "cuda", "amp": "bf16", "compile": True}),
+BUDGETS = {
+    "smoke": Budget(1, 2, 1, {  # for tests
+        "model": "convit_cifar_nano", "batch_size": 4, "steps_per_epoch": 3, "epochs": 2, "img_size": 16}),
+    "laptop": Budget(1, 2, 1, {
+        "model": "convit_cifar_nano", "batch_size": 32, "steps_per_epoch": 500, "epochs": 4, "amp": "bf16"}),
+    "gpu": Budget(3, 3, 5, {
+        "model": "convit_cifar", "batch_size": 512, "steps_per_epoch": 1000, "epochs": 20, "amp": "bf16",
+        "device": "cuda", "compile": True}),
 }
 # fmt: on
 
-RATES = [5e-4, 1e-3, 2e-3]
+LEARNING_RATES = [5e-4, 1e-3, 2e-3]
 PLAIN = {"gpsa_layers": 0}
 NO_GATING = {"gating": "frozen", "gate_init": 0.0}
 NO_CONV_INIT = {"conv_init": False}
@@ -73,197 +68,169 @@ ABLATIONS = {
     "plain ViT": PLAIN,
     "GPSA frozen at conv init": {"freeze_gpsa": True},
     "GPSA frozen at random": {"freeze_gpsa": True} | NO_CONV_INIT,
-    "gates frozen at 0.73": {"gating": "frozen"},  # not in the paper: no gating, but from the gates of the init
+    "gates frozen at 0.73": {"gating": "frozen"},  # not in the paper
 }
+TABLES = ["sample-efficiency", "ablation", "locality"]
 
 
-def grids(scale: Scale) -> dict[str, dict[tuple[str, str], dict]]:
-    """By name, for every (row, column) of a table, the fields of Config that tell its runs from those of others."""
-    depth, full = MODELS[scale.model].depth, MODELS[scale.model].gpsa_layers  # all but two
-    layers = sorted({0, round(depth / 3), round(2 * depth / 3), full})  # of 7, two thirds and all but two are both 5
-    both = {"ConViT": {}, "plain ViT": PLAIN}
+def tables(budget: Budget) -> dict[str, dict[tuple[str, str], dict]]:
+    """By table and (row, column), the fields of Config that distinguish the runs of a cell."""
+    model = MODELS[budget.config["model"]]
+    layer_counts = sorted({0, round(model.depth / 3), round(2 * model.depth / 3), model.gpsa_layers})
+    models = {"ConViT": {}, "plain ViT": PLAIN}
     tenth = {"data_fraction": 0.1}
-    short = tenth | {"hold_out": 0.1, "epochs": scale.rate_epochs}
+    tuning = tenth | {"val_fraction": 0.1, "epochs": budget.lr_epochs}
+
+    def local(layers: int, strength: float) -> dict:
+        """Without the defaults, so that the full ConViT and the plain ViT are the runs of other tables."""
+        settings = {} if layers == model.gpsa_layers else {"gpsa_layers": layers}
+        return settings if strength == 1 or layers == 0 else settings | {"locality_strength": strength}
+
     # fmt: off
     return {
-        "learning-rate": {(f"{rate:g}", name): short | kind | {"lr": rate}
-                          for rate in RATES for name, kind in both.items()},
-        "sample-efficiency": {(f"{share:.0%}", name): {"data_fraction": share} | kind
-                              for share in (0.05, 0.1, 0.3, 1.0) for name, kind in both.items()},
-        "ablation": {(name, f"{share:.0%}"): {"data_fraction": share} | change
-                     for name, change in ABLATIONS.items() for share in (1.0, 0.1)},
-        "locality": {(f"{number} GPSA layers", f"strength {alpha:g}"): tenth | local(number, alpha, full)
-                     for number in layers for alpha in (0.01, 0.1, 1.0)},
+        "learning-rate": {(f"{lr:g}", name): tuning | model | {"lr": lr}
+                          for lr in LEARNING_RATES for name, model in models.items()},
+        "sample-efficiency": {(f"{fraction:.0%}", name): {"data_fraction": fraction} | model
+                              for fraction in (0.05, 0.1, 0.3, 1.0) for name, model in models.items()},
+        "ablation": {(name, f"{fraction:.0%}"): {"data_fraction": fraction} | change
+                     for name, change in ABLATIONS.items() for fraction in (1.0, 0.1)},
+        "locality": {(f"{layers} GPSA layers", f"strength {strength:g}"): tenth | local(layers, strength)
+                     for layers in layer_counts for strength in (0.01, 0.1, 1.0)},
     }
     # fmt: on
 
 
-def local(layers: int, strength: float, full: int) -> dict:
-    """That many GPSA layers of that strength, named so that the full ConViT and the plain ViT are what they are."""
-    if layers == 0:
-        return PLAIN
-    fewer = {} if layers == full else {"gpsa_layers": layers}
-    return fewer if strength == 1 else fewer | {"locality_strength": strength}
-
-
-def runs_of(change: dict, rate: float | None, given: argparse.Namespace) -> list[dict]:
-    """The fields of Config for every seed: the recipe of the scale but for `change`. Flags make the folder's name."""
-    scale, runs = SCALES[given.scale], []
-    shared = change in ({"data_fraction": 0.1}, {"data_fraction": 0.1} | PLAIN)
-    for seed in range(given.seeds or (scale.shared_seeds if shared else scale.seeds)):
-        own = change | {"lr": change.get("lr", rate), "seed": seed}
-        name = "_".join(flag.removeprefix("--") for flag in as_flags(own))
-        fields = {"dataset": given.dataset, "data_dir": given.data_dir, "model": scale.model} | scale.how
-        fields |= {"batch_size": scale.batch_size, "epoch_steps": scale.epoch_steps, "epochs": scale.epochs} | own
-        fields |= {"amp": given.amp} if given.amp else {}
-        runs.append(
-            fields | {"warmup_epochs": fields["epochs"] / 10, "run": str(report.RESULTS / given.scale / "runs" / name)}
-        )
+def seed_runs(settings: dict, lr: float | None, args: argparse.Namespace) -> list[Run]:
+    """The runs of a cell, one per seed: the recipe of the budget with these settings. Their flags make up the name."""
+    budget = BUDGETS[args.budget]
+    is_shared = settings in ({"data_fraction": 0.1}, {"data_fraction": 0.1} | PLAIN)
+    runs = []
+    for seed in range(args.seeds or (budget.shared_seeds if is_shared else budget.seeds)):
+        named = settings | {"lr": settings.get("lr", lr), "seed": seed}
+        config = {"dataset": args.dataset, "data_dir": args.data_dir} | budget.config | named
+        config |= {"warmup_epochs": config["epochs"] / 10} | ({"amp": args.amp} if args.amp else {})
+        name = "_".join(flag.removeprefix("--") for flag in as_flags(named))
+        runs.append(Run(name, as_flags(config), config))
     return runs
 
 
-def finished(fields: dict) -> bool:
-    """Whether a run has come to its end. Raises ValueError where its folder holds one with other flags."""
-    run = Path(fields["run"])
-    if not (run / "config.json").exists():
-        return False
-    saved = json.loads((run / "config.json").read_text())
-    for name, value in fields.items():
-        if name != "run" and value not in (None, saved.get(name)):
-            flag_name = "--" + name.replace("_", "-")
-            raise ValueError(f"{run} has {flag_name} {saved.get(name)}, not {value}: move it away to train it again")
-    return report.ended(run)
-
-
-def train(fields: dict):
-    """Train a run, or go on with it, just as `python train_cifar.py FLAGS` would; it notes that as its command."""
-    own, handlers = sys.argv, {number: getsignal(number) for number in (SIGINT, SIGTERM)}
-    resume = {"resume": True} if (Path(fields["run"]) / "last.pt").exists() else {}
-    try:
-        sys.argv = ["train_cifar.py", *as_flags(fields | resume)]
-        train_cifar.main()
-    finally:
-        sys.argv = own
-        for number, handler in handlers.items():  # a run's own only take note, for the end of a step
-            signal(number, handler)
-        torch.compiler.reset()  # or torch.compile would give up on the ninth model
-
-
-def train_all(title: str, runs: list[dict]):
-    """Train what is not finished yet. Ends the process, naming the run, where one is not trained to its end."""
-    waiting = [fields for fields in runs if not finished(fields)]
-    if waiting and not waiting[0]["dataset"]:
-        guess_dataset(waiting[0]["data_dir"], Config.data_dir)  # raises, before anything is begun, where there is none
-    print(f"{title}: {len(waiting)} runs to do, {len(runs) - len(waiting)} finished before", flush=True)
-    began = time.monotonic()
-    for number, fields in enumerate(waiting, 1):
-        name, place = Path(fields["run"]).name, f"[{number}/{len(waiting)}]"
-        print(f"\n{place} {name}", flush=True)
-        try:
-            train(fields)
-        except (SystemExit, KeyboardInterrupt, torch.OutOfMemoryError) as problem:
-            why = "" if isinstance(problem, SystemExit) else f" ({type(problem).__name__})"  # else it has said why
-            raise SystemExit(f"reproduce.py: the run {name} was not finished{why}; {report.KEPT}") from problem
-        passed = (time.monotonic() - began) / 60
-        left = passed / number * (len(waiting) - number)
-        accuracy = read_metrics(Path(fields["run"]))[-1]["test_accuracy"]
-        print(f"{place} {name}: {accuracy:.1f}% after {passed:.1f} minutes; about {left:.0f} minutes left", flush=True)
-
-
-def complete(names: list[str], rate: float | None, given: argparse.Namespace) -> dict[str, dict]:
-    """Train all runs of these grids and write their results; return the cells of every grid."""
-    all_grids = grids(SCALES[given.scale])
-    wanted = {
-        name: {place: runs_of(change, rate, given) for place, change in all_grids[name].items()} for name in names
+def train_tables(names: list[str], lr: float | None, args: argparse.Namespace) -> dict[str, dict]:
+    """Train all runs of some tables and write the tables; return the cells of each."""
+    all_tables, folder = tables(BUDGETS[args.budget]), report.RESULTS / args.budget
+    runs = {
+        name: {cell: seed_runs(settings, lr, args) for cell, settings in all_tables[name].items()} for name in names
     }
-    once = {fields["run"]: fields for grid in wanted.values() for seeds in grid.values() for fields in seeds}
-    train_all(f"{', '.join(names)} ({given.scale})", list(once.values()))
-    cells = {}
-    for name, grid in wanted.items():
-        folders = {place: [Path(fields["run"]) for fields in seeds] for place, seeds in grid.items()}
-        cells[name] = report.write_grid(given.scale, name, folders)
+    distinct = list({run.name: run for table in runs.values() for cell in table.values() for run in cell}.values())
+    sweep = Sweep(folder / "runs.jsonl", WORK / args.budget)
+    print(f"{', '.join(names)} ({args.budget})", flush=True)
+    if sweep.missing(distinct) and not args.dataset:
+        infer_dataset(args.data_dir, Config.data_dir)  # raises before any run starts
+    while sweep.train_next(distinct):
+        pass
+    records, cells = sweep.records(), {}
+    for name, table in runs.items():
+        trained = {cell: [records[run.name] for run in seeds] for cell, seeds in table.items()}
+        cells[name] = report.write_table(name, trained, folder / name)
     return cells
 
 
-def train_grids(names: list[str], given: argparse.Namespace):
-    """Complete grids; where no learning rate is given, first choose the one that is best for both models together."""
-    rate = given.lr
-    if rate is None:
-        cells = complete(["learning-rate"], None, given)["learning-rate"]
-        scores = {
-            rate: cells[f"{rate:g}", "ConViT"]["mean"] + cells[f"{rate:g}", "plain ViT"]["mean"] for rate in RATES
+def reproduce(args: argparse.Namespace):
+    """Train and write tables; without --lr, first choose the learning rate that is best for both models together."""
+    lr = args.lr
+    if lr is None:
+        cells = train_tables(["learning-rate"], None, args)["learning-rate"]
+        accuracy = {
+            lr: cells[f"{lr:g}", "ConViT"]["mean"] + cells[f"{lr:g}", "plain ViT"]["mean"] for lr in LEARNING_RATES
         }
-        rate = max(RATES, key=scores.get)
-        print(f"the learning rate is {rate:g}\n")
-    complete(names, rate, given)
+        lr = max(LEARNING_RATES, key=accuracy.get)
+        print(f"learning rate: {lr:g}\n")
+    train_tables(TABLES if args.command == "all" else [args.command], lr, args)
 
 
-def test_pictures(model: ConViT, given: argparse.Namespace) -> Pictures:
-    """The test set of --data-dir in the size that the model takes. Raises ValueError where the classes are others."""
-    dataset = given.dataset or guess_dataset(given.data_dir, Config.data_dir)
-    size, device = model.config.img_size, torch.device(Config.device)
-    test_set = load_pictures(dataset, given.data_dir, size, device, Config.workers)[1]
-    there, known = len(test_set.classes), model.config.num_classes
-    if there != known:
-        raise ValueError(f"{given.data_dir} has {there} classes, but {given.run} was trained on {known}")
+def open_snapshots(run: Path) -> list[tuple[ConViT, dict]]:
+    """The models of a run's first and last snapshot, each with its epoch and classes."""
+    files = sorted((run / "snapshots").glob("epoch_*.pt"))
+    if not files:
+        raise UserError(f"{run} has no snapshots; pass a run folder of train_cifar.py as --run")
+    return [open_snapshot(file) for file in (files[0], files[-1])]
+
+
+def load_test_set(model: ConViT, args: argparse.Namespace) -> ImageSet:
+    """The test set of --data-dir at the image size of a model. Raises UserError if the classes differ in number."""
+    dataset = args.dataset or infer_dataset(args.data_dir, Config.data_dir)
+    test_set = load_datasets(
+        dataset, args.data_dir, model.config.img_size, torch.device(Config.device), Config.workers
+    )[1]
+    found, expected = len(test_set.classes), model.config.num_classes
+    if found != expected:
+        raise UserError(f"{args.data_dir} has {found} classes, but {args.run} was trained on {expected}")
     return test_set
 
 
 @torch.no_grad()
-def show_gates(given: argparse.Namespace):
-    """Gates and non-locality over a run, and what every head attends to from the middle patch, before and after."""
-    files = snapshots(given.run)
-    opened = [open_snapshot(file) for file in (files[0], files[-1])]
-    config = opened[-1][0].config
-    layers, (rows, columns) = config.gpsa_layers, config.grid
-    if layers == 0:
-        raise ValueError(f"{given.run} is a plain ViT: it has no gates to show")
-    pictures = test_pictures(opened[-1][0], given).images.cpu()
-    some = normalise(pictures[:: max(len(pictures) // 64, 1)])
-    middle, maps = rows // 2 * columns + columns // 2, {}
-    for model, record in opened:
-        attention = model(some, return_attention=True)[1][:layers]
-        from_middle = torch.stack([layer.mixed[:, :, middle].mean(0) for layer in attention])
-        maps[f"after epoch {record['epoch']}"] = gates(model)[:layers], from_middle.unflatten(2, (rows, columns))
-    report.write_gates(given.run.name, read_metrics(given.run), config.grid, maps, pictures.device)
+def show_gates(args: argparse.Namespace):
+    """Gates and non-locality over a run, and the attention of the center patch before and after training."""
+    snapshots = open_snapshots(args.run)
+    config = snapshots[-1][0].config
+    rows, columns = config.grid
+    if config.gpsa_layers == 0:
+        raise UserError(f"{args.run} is a plain ViT: it has no gates")
+    test_set = load_test_set(snapshots[-1][0], args)
+    images = test_set.images.cpu()
+    sample_images = normalize(images[:: max(len(images) // 64, 1)])
+    center, maps = rows // 2 * columns + columns // 2, {}
+    for model, info in snapshots:
+        attention = model(sample_images, return_attention=True)[1][: config.gpsa_layers]
+        from_center = torch.stack([layer.mixed[:, :, center].mean(0) for layer in attention])
+        maps[f"epoch {info['epoch']}"] = gates(model)[: config.gpsa_layers], from_center.unflatten(2, (rows, columns))
+    report.write_gates(args.run.name, read_metrics(args.run), config.grid, maps, test_set.images.device)
 
 
-def masked(model: ConViT, embedding: bool = False, content: int = 0, position: int = 0) -> ConViT:
-    """A copy of a model without its position embedding, or without content or position in that many first layers."""
+def masked(model: ConViT, pos_embed: bool = False, content: int = 0, position: int = 0) -> ConViT:
+    """A copy of a model without its position embedding, or without content or position in its first layers."""
     model = copy.deepcopy(model)
     with torch.no_grad():
-        if embedding:
+        if pos_embed:
             model.pos_embed.zero_()
         for block in model.blocks[:content]:
-            block.attn.gating_param.fill_(math.inf)  # a gate of exactly 1: all position
+            block.attn.gating_param.fill_(math.inf)  # a gate of exactly 1: position only
         for block in model.blocks[:position]:
             block.attn.gating_param.fill_(-math.inf)
     return model
 
 
-def show_masking(given: argparse.Namespace):
-    """Test accuracy of a run's last model, whole and with parts of it masked."""
-    model, record = open_snapshot(snapshots(given.run)[-1])
-    test_set = test_pictures(model, given)
+def show_masking(args: argparse.Namespace):
+    """Test accuracy of a run's last snapshot, unchanged and with parts of it masked."""
+    model, info = open_snapshots(args.run)[-1]
+    test_set = load_test_set(model, args)
     device = test_set.images.device
 
     def accuracy(**parts) -> float:
         print(".", end="", flush=True)
-        return evaluate(masked(model, **parts).to(device), test_batches(test_set, 256), device, "off")["test_accuracy"]
+        return evaluate(masked(model, **parts).to(device), eval_batches(test_set, 256), device, "off")["test_accuracy"]
 
-    whole, without_embedding = accuracy(), accuracy(embedding=True)
-    counts = range(1, model.config.gpsa_layers + 1)
-    curves = {part: [whole, *(accuracy(**{part: count}) for count in counts)] for part in ("content", "position")}
-    report.write_masking(f"{given.run.name}, epoch {record['epoch']}", without_embedding, curves, device)
+    unmasked, without_pos_embed = accuracy(), accuracy(pos_embed=True)
+    layers = range(1, model.config.gpsa_layers + 1)
+    curves = {part: [unmasked, *(accuracy(**{part: count}) for count in layers)] for part in ("content", "position")}
+    report.write_masking(f"{args.run.name}, epoch {info['epoch']}", without_pos_embed, curves, device)
+
+
+def show_comparison(args: argparse.Namespace):
+    """Table and plot of the finished runs of a sweep, next to those of some run folders."""
+    records = list(Sweep(args.folder / "runs.jsonl", WORK).records().values())
+    if not records:
+        raise UserError(f"{args.folder} has no runs.jsonl with finished runs")
+    report.compare([read_run(run) for run in args.runs] + records, args.folder)
 
 
 COMMANDS = {
-    "sample-efficiency": "ConViT and a plain ViT on a twentieth to all of the pictures (Table 2)",
-    "ablation": "parts of ConViT taken away, on all pictures and on a tenth (Table 3)",
-    "locality": "number of GPSA layers and strength of their init, on a tenth of the pictures (Fig. 8)",
-    "all": "the three above",
-    "gates": "gates, non-locality and maps of a run's heads (Figs. 5 to 7)",
-    "masking": "accuracy of a run with parts masked (Tables 5 and 6)",
+    "sample-efficiency": (reproduce, "ConViT and a plain ViT on 5%% to all of the images (Table 2)"),
+    "ablation": (reproduce, "ConViT without some of its parts, on all images and on 10%% (Table 3)"),
+    "locality": (reproduce, "number of GPSA layers, locality strength of their init, on 10%% of the images (Fig. 8)"),
+    "all": (reproduce, "the three above; runs that they share are trained once"),
+    "gates": (show_gates, "gates, non-locality and attention maps of a run (Figs. 5 to 7)"),
+    "masking": (show_masking, "accuracy of a run with parts masked (Tables 5 and 6)"),
+    "compare": (show_comparison, "table and plot of the finished runs of any sweep"),
 }
 
 
@@ -272,27 +239,26 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in COMMANDS.items():
+    for name, (function, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.add_argument("--data-dir", default=Config.data_dir, help="as that of train_cifar.py (%(default)s)")
-        command.add_argument("--dataset", choices=DATASETS, help="by default a folder where --data-dir is one")
-        if name in ("gates", "masking"):
-            command.add_argument("--run", type=Path, default=DEMO, help="a run folder of train_cifar.py (demo/)")
+        if function is show_comparison:
+            command.add_argument("folder", type=Path, help="has runs.jsonl; gets README.md and compare.png")
+            command.add_argument("runs", type=Path, nargs="*", help="run folders to include")
+            continue
+        command.add_argument("--data-dir", default=Config.data_dir, help="see train_cifar.py (%(default)s)")
+        command.add_argument("--dataset", choices=DATASETS, help="default: inferred from --data-dir")
+        if function is reproduce:
+            command.add_argument("--budget", choices=BUDGETS, default="laptop", help="size of the runs (%(default)s)")
+            command.add_argument("--seeds", type=int_at_least(1), help="seeds of every run (default: the budget's)")
+            command.add_argument("--lr", type=float, help="learning rate (default: best on a validation split)")
+            command.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision (default: the budget's)")
         else:
-            command.add_argument("--scale", choices=SCALES, default="laptop", help="size of the runs (%(default)s)")
-            command.add_argument("--seeds", type=at_least(1), help="seeds of every run; by default the scale's")
-            command.add_argument("--lr", type=float, help="learning rate; by default the best on held-back pictures")
-            command.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision; by default the scale's")
-    given = parser.parse_args()
+            command.add_argument("--run", type=Path, default=DEMO, help="run folder of train_cifar.py (demo/)")
+    args = parser.parse_args()
     try:
-        if given.command == "gates":
-            show_gates(given)
-        elif given.command == "masking":
-            show_masking(given)
-        else:
-            train_grids(list(COMMANDS)[:3] if given.command == "all" else [given.command], given)
-    except (OSError, ValueError) as problem:
-        sys.exit(f"reproduce.py: {problem}")
+        COMMANDS[args.command][0](args)
+    except UserError as error:
+        sys.exit(f"reproduce.py: {error}")
     except KeyboardInterrupt:
         sys.exit("\nreproduce.py: stopped")
 

@@ -19,21 +19,21 @@ from PIL import Image
 from convit_min import ConViTConfig
 
 ROOT = Path(__file__).parent.parent
-PROCESSES = {}  # of servers, by address
+SERVER_PIDS = {}  # by URL
 DEMO = ROOT / "demo"
 # a small model on a grid of 5 x 7 patches, 9 heads, two GPSA blocks and a plain one
 CONFIG = ConViTConfig(img_size=(20, 28), patch_size=4, num_classes=5, dim=36, num_heads=9, depth=3, gpsa_layers=2)
 
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run"]  # fmt: skip
-# Python tells an audit hook of every connection and every look-up of a name
-WATCH = """
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+                  "--disable-sync", "--no-first-run"]  # fmt: skip
+# sitecustomize.py of the server: logs every connection and every name look-up
+AUDIT_HOOK = """
 import os, sys
-def note(event, arguments):
+def log(event, args):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
-        with open(os.environ["WATCH_FILE"], "a") as file:
-            print(event, arguments[1] if event != "socket.getaddrinfo" else arguments[0], file=file)
-sys.addaudithook(note)
+        with open(os.environ["CONNECTIONS_FILE"], "a") as file:
+            print(event, args[1] if event != "socket.getaddrinfo" else args[0], file=file)
+sys.addaudithook(log)
 """
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -70,43 +70,44 @@ def tree(tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def serving(folder: Path, *flags, space: bool = False):
-    """app.py as `python app.py` runs it, on a free port and from another folder; its connections go to watch.txt.
+    """Run app.py in another folder and yield its URL; on exit, check that it made no outbound connection.
 
-    With `space` the address comes the way a Hugging Face Space gives it.
+    With `space`, host and port come from the environment variables of a Hugging Face Space.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (folder / "sitecustomize.py").write_text(WATCH)
-    environment = os.environ | {"PYTHONPATH": str(folder), "WATCH_FILE": str(folder / "watch.txt"),
-                                "TMPDIR": str(folder), "GRADIO_TEMP_DIR": str(folder / "gradio")}  # fmt: skip
-    environment.pop("GRADIO_ANALYTICS_ENABLED", None)  # app.py itself must see to it
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    connections = folder / "connections.txt"
+    (folder / "sitecustomize.py").write_text(AUDIT_HOOK)
+    env = os.environ | {"PYTHONPATH": str(folder), "CONNECTIONS_FILE": str(connections), "TMPDIR": str(folder),
+                        "GRADIO_TEMP_DIR": str(folder / "gradio")}  # fmt: skip
+    env.pop("GRADIO_ANALYTICS_ENABLED", None)  # app.py must disable them
     if space:
-        environment |= {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SERVER_PORT": str(port), "GRADIO_NUM_PORTS": "1"}
-        (folder / "watch.txt").touch()  # it may connect to nobody; elsewhere Gradio at least sees whether it is up
+        env |= {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SERVER_PORT": str(port), "GRADIO_NUM_PORTS": "1"}
+        connections.touch()  # may stay empty: only on a local address does Gradio connect to itself
     else:
         flags = ["--port", port, *flags]
     command = [sys.executable, ROOT / "app.py", *map(str, flags)]
     with open(folder / "server.log", "w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 90
     while True:
         try:
-            urllib.request.urlopen(address).close()
+            urllib.request.urlopen(url).close()
             break
         except OSError:
             assert process.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()
             time.sleep(0.1)
-    PROCESSES[address] = process.pid
+    SERVER_PIDS[url] = process.pid
     try:
-        yield address
+        yield url
     finally:
         process.terminate()
         process.wait(20)
-    assert not list(folder.glob("convit-page-*")), "runs of visitors are left behind"
+    assert not list(folder.glob("convit-viewer-*")), "training runs were left behind"
     assert "Traceback" not in (folder / "server.log").read_text()
-    outbound = [line for line in (folder / "watch.txt").read_text().splitlines()
+    outbound = [line for line in connections.read_text().splitlines()
                 if not re.search(r"127\.0\.0\.1|0\.0\.0\.0|localhost|'::1'|^socket.connect /", line)]  # fmt: skip
     assert not outbound
 
@@ -117,36 +118,41 @@ def browser():
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with api.sync_playwright() as playwright:
         try:
-            browser = playwright.chromium.launch(executable_path=chromium, args=QUIET)
+            browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
         except api.Error:
-            pytest.skip("no Chromium here: apt install chromium, or playwright install chromium")
+            pytest.skip("Chromium is missing: apt install chromium, or playwright install chromium")
         yield browser
         browser.close()
 
 
 @contextlib.contextmanager
-def visiting(browser, address: str, width: int = 1440):
-    """The page, opened; in the end: no script error, and no request to anywhere else."""
+def open_page(browser, url: str, width: int = 1440):
+    """Yield the loaded page; on exit, check that it had no script errors and sent no requests to other hosts."""
     page = browser.new_page(viewport={"width": width, "height": 1000})
     page.set_default_timeout(20_000)
     errors, requests = [], []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
-    page.goto(address)
-    page.wait_for_selector(".panel:not(.loading)")
+    page.goto(url)
+    page.wait_for_selector(".viewer:not(.loading)")
     yield page
     page.close()
     assert not errors
-    own = re.match(r"http://[^/]+", address)[0]
-    assert all(url.startswith((own, "data:", "blob:")) for url in requests), requests
+    host = re.match(r"http://[^/]+", url)[0]
+    assert all(request.startswith((host, "data:", "blob:")) for request in requests), requests
 
 
-def assert_maps(page, attention, places):
-    """The maps that the page computes, of these (head, query), are those of a HeadAttention to one step of a byte."""
+def page_map(page, head: int, query: int, kind: str) -> np.ndarray:
+    """One attention map, as the page computes it."""
+    script = "([head, query, kind]) => Array.from(convit.headMaps(head, query)[kind])"
+    return np.array(page.evaluate(script, [head, query, kind]))
+
+
+def assert_maps(page, attention, heads_and_queries):
+    """Check the page's maps against a HeadAttention, to the precision of content maps: one byte."""
     expected = {"position": attention.position, "content": attention.content[0], "mixed": attention.mixed[0]}
-    for head, query in places:
-        shown = page.evaluate("([head, query]) => convit.mapsOf(head, query)", [head, query])
-        step = attention.content[0, head].max().item() / 255  # content comes as bytes
-        for name, reference in expected.items():
-            values = list(shown[name].values()) if isinstance(shown[name], dict) else shown[name]
-            np.testing.assert_allclose(values, reference[head, query].numpy(), atol=step + 1e-5)
+    for head, query in heads_and_queries:
+        byte_step = attention.content[0, head].max().item() / 255
+        for kind, maps in expected.items():
+            shown = page_map(page, head, query, kind)
+            np.testing.assert_allclose(shown, maps[head, query].numpy(), atol=byte_step + 1e-5)

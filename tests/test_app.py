@@ -1,4 +1,4 @@
-"""The page in a real browser, as a visitor uses it."""
+"""End-to-end tests of the page in Chromium."""
 
 import base64
 import csv
@@ -9,26 +9,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, assert_maps, serving, visiting
+from conftest import DEMO, assert_maps, open_page, page_map, serving
 from PIL import Image
 
-from convit_min import ConViT, ConViTConfig, load_weights, normalise
+from convit_min import ConViT, ConViTConfig
+from images import normalize
+from weights import load_weights
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("elsewhere")) as address:
-        yield address
+    with serving(tmp_path_factory.mktemp("server")) as url:
+        yield url
 
 
 @pytest.fixture
 def page(browser, server):
-    with visiting(browser, server) as page:
+    with open_page(browser, server) as page:
         yield page
 
 
 def maps(page, kind="mixed") -> list[str]:
-    """The pixels of one kind of map of every head, in the order of the heads."""
+    """Pixels of one kind of map, for every head in order."""
     script = """kind => [...document.querySelectorAll("[data-head]")].sort((a, b) => a.dataset.head - b.dataset.head)
         .map(card => { const canvas = card.querySelector(`.${kind} canvas`);
             return canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.join(); })"""
@@ -45,19 +47,19 @@ def brightest(pixels: str) -> int:
     return int(rgba[:, :3].sum(1).argmax())
 
 
-def picture(page) -> str:
-    return page.evaluate("document.querySelector('.picture').toDataURL()")
+def image(page) -> str:
+    return page.evaluate("document.querySelector('.image').toDataURL()")
 
 
-def pixels_of(page, canvas: str) -> np.ndarray:
-    """What a canvas shows: H W 3."""
-    address = page.evaluate("selector => document.querySelector(selector).toDataURL()", canvas)
-    return np.array(Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))).convert("RGB")).astype(int)
+def canvas_pixels(page, selector: str) -> np.ndarray:
+    """Content of a canvas: H W 3."""
+    url = page.evaluate("selector => document.querySelector(selector).toDataURL()", selector)
+    return np.array(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB")).astype(int)
 
 
 def patch(page, row: int, column: int) -> dict:
-    """Where a patch of an 8 x 8 grid lies on the picture."""
-    box = page.locator(".picture").bounding_box()
+    """Center of a patch of an 8 x 8 grid, in pixels of the displayed image."""
+    box = page.locator(".image").bounding_box()
     return {"x": (column + 0.5) * box["width"] / 8, "y": (row + 0.5) * box["height"] / 8}
 
 
@@ -65,132 +67,132 @@ def query(page) -> int:
     return page.evaluate("convit.state.query")
 
 
-def to_end(page):
-    page.locator(".checkpoint").fill(page.locator(".checkpoint").get_attribute("max"))
+def show_last_snapshot(page):
+    page.locator(".snapshot").fill(page.locator(".snapshot").get_attribute("max"))
 
 
-def test_the_page_opens_on_nine_taps_around_the_query(page):
+def test_initial_view_shows_nine_kernel_taps(page):
     assert gates(page) == [0.731] * 9
     assert page.locator(".epoch").inner_text() == "0"
-    assert "has a place of its own around the patch" in page.locator(".caption").inner_text()
-    places = [brightest(pixels) for pixels in maps(page, "position")]
-    assert places == [(4 + head % 3 - 1) * 8 + 4 + head // 3 - 1 for head in range(9)]
+    assert "looks mostly at one place near the query patch" in page.locator(".caption").inner_text()
+    centers = [brightest(pixels) for pixels in maps(page, "position")]
+    assert centers == [(4 + head % 3 - 1) * 8 + 4 + head // 3 - 1 for head in range(9)]
     cards = page.eval_on_selector_all("[data-head]", "cards => cards.map(card => Number(card.dataset.head))")
-    assert cards == [0, 3, 6, 1, 4, 7, 2, 5, 8]  # laid out as the kernel: rows look up, here and down
-    pixels = pixels_of(page, ".picture")
-    assert pixels.shape == (384, 384, 3) and pixels.std() > 20  # a real picture, at once
+    assert cards == [0, 3, 6, 1, 4, 7, 2, 5, 8]  # kernel layout: rows look up, at the query, down
+    pixels = canvas_pixels(page, ".image")
+    assert pixels.shape == (384, 384, 3) and pixels.std() > 20  # an image is loaded
 
 
-def test_hover_moves_the_query_a_click_holds_it_and_keys_move_it(page):
+def test_query_follows_hover_click_lock_and_arrow_keys(page):
     before = maps(page)
-    page.locator(".picture").hover(position=patch(page, 2, 6))
+    page.locator(".image").hover(position=patch(page, 2, 6))
     assert query(page) == 22 and brightest(maps(page, "position")[4]) == 22
-    assert all(one != other for one, other in zip(before, maps(page), strict=True))
-    page.locator(".picture").click(position=patch(page, 2, 5))
-    page.locator(".picture").hover(position=patch(page, 7, 7))
-    assert query(page) == 21  # held
+    assert all(old != new for old, new in zip(before, maps(page), strict=True))
+    page.locator(".image").click(position=patch(page, 2, 5))
+    page.locator(".image").hover(position=patch(page, 7, 7))
+    assert query(page) == 21  # locked
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowLeft")
     assert query(page) == 28 and brightest(maps(page, "position")[4]) == 28
-    page.locator(".picture").click(position=patch(page, 3, 4))  # the same again lets go
-    page.locator(".picture").hover(position=patch(page, 0, 0))
+    page.locator(".image").click(position=patch(page, 3, 4))  # a second click unlocks
+    page.locator(".image").hover(position=patch(page, 0, 0))
     assert query(page) == 0
 
 
-def test_time_goes_by_play_step_and_reset_and_changes_gates_and_maps(page):
+def test_play_step_and_reset_change_gates_and_maps(page):
     start, before = gates(page), maps(page)
-    last = int(page.locator(".checkpoint").get_attribute("max"))
+    last = int(page.locator(".snapshot").get_attribute("max"))
     page.locator(".step").click()
     assert gates(page) != start and page.locator(".epoch").inner_text() == "1"
-    page.locator(".checkpoint").fill(str(last - 1))
+    page.locator(".snapshot").fill(str(last - 1))
     page.locator(".play").click()
-    page.wait_for_function("last => convit.state.checkpoint === last", arg=last)
+    page.wait_for_function("last => convit.state.snapshot === last", arg=last)
     page.wait_for_timeout(1100)
-    assert page.evaluate("convit.state.checkpoint") == last  # it stops there
+    assert page.evaluate("convit.state.snapshot") == last  # playback has stopped
     assert "Play" in page.locator(".play").inner_text()
-    assert max(gates(page)) - min(gates(page)) > 0.1 and maps(page) != before  # training has told the heads apart
-    assert "by content than by position" in page.locator(".caption").inner_text()
+    assert max(gates(page)) - min(gates(page)) > 0.1 and maps(page) != before  # training has separated the heads
+    assert "more on content than on position" in page.locator(".caption").inner_text()
     assert "test accuracy" in page.locator(".accuracy").inner_text()
-    for row in page.locator(".guess > div").all():
-        share = row.locator(".fill").bounding_box()["width"] / row.locator(".track").bounding_box()["width"]
-        assert share == pytest.approx(float(row.locator("span").last.inner_text().rstrip("%")) / 100, abs=0.02)
+    for row in page.locator(".prediction > div").all():
+        filled = row.locator(".fill").bounding_box()["width"] / row.locator(".track").bounding_box()["width"]
+        assert filled == pytest.approx(float(row.locator("span").last.inner_text().rstrip("%")) / 100, abs=0.02)
     page.locator(".reset").click()
     assert gates(page) == start and maps(page) == before
 
 
-def test_one_head_stands_out_in_cards_curves_wall_and_picture(page):
-    to_end(page)
-    before, first = picture(page), maps(page, "content")
+def test_selected_head_is_highlighted_everywhere(page):
+    show_last_snapshot(page)
+    image_before, content_before = image(page), maps(page, "content")
     page.locator("[data-layer='1'][data-cell='4']").click()
-    page.wait_for_function("before => document.querySelector('.layer').value === '1'", arg=None)
+    page.wait_for_function("document.querySelector('.layer').value === '1'")
     page.wait_for_function("convit.state.head === 4")
-    assert maps(page, "content") != first  # another layer
-    assert page.locator(".head.chosen").get_attribute("data-head") == "4"
-    assert page.locator(".layer-chart polyline.chosen").get_attribute("data-curve") == "4"
-    assert page.locator(".wall .chosen").get_attribute("data-cell") == "4"
-    assert picture(page) != before  # its map lies over the picture
+    assert maps(page, "content") != content_before  # another layer
+    assert page.locator(".head.selected").get_attribute("data-head") == "4"
+    assert page.locator(".layer-chart polyline.selected").get_attribute("data-curve") == "4"
+    assert page.locator(".gate-heatmap .selected").get_attribute("data-cell") == "4"
+    assert image(page) != image_before  # overlaid with its map
     page.locator("[data-head='2']").hover()
-    assert page.locator(".layer-chart polyline.chosen").get_attribute("data-curve") == "2"
-    page.locator("[data-head='4'] .choose").click()
-    assert page.locator(".head.chosen").count() == 0
+    assert page.locator(".layer-chart polyline.selected").get_attribute("data-curve") == "2"
+    page.locator("[data-head='4'] .select-head").click()
+    assert page.locator(".head.selected").count() == 0
 
 
-def test_scale_overlay_and_mass_do_what_they_say(page):
-    to_end(page)
-    before, plain = maps(page), picture(page)
+def test_scale_overlay_and_mass_options(page):
+    show_last_snapshot(page)
+    maps_before, image_before = maps(page), image(page)
     page.locator(".same-scale").check()
-    assert maps(page) != before
+    assert maps(page) != maps_before
     assert float(page.locator(".ramp-end").inner_text()) > 0.1
     page.locator(".same-scale").uncheck()
     page.locator(".options summary").click()
     page.locator(".opacity").fill("0")
-    bare = picture(page)
-    assert bare != plain
-    page.locator(".as-seen").check()
-    assert picture(page) != bare
+    without_overlay = image(page)
+    assert without_overlay != image_before
+    page.locator(".show-input").check()
+    assert image(page) != without_overlay
     page.locator(".mass").fill("0.5")
-    shown = page.evaluate("convit.mapsOf(3, convit.state.query).mixed")
-    values = np.array(list(shown.values()) if isinstance(shown, dict) else shown)
+    values = page_map(page, 3, query(page), "mixed")
     alpha = np.array(maps(page)[3].split(","), dtype=int).reshape(-1, 4)[:, 3]
     kept = values[alpha == 255]
-    assert kept.sum() >= 0.5 > kept.sum() - kept.min()  # the fewest patches that hold half
+    assert kept.sum() >= 0.5 > kept.sum() - kept.min()  # as few patches as possible hold half
     assert kept.min() > values[alpha < 255].max()
 
 
-def test_other_gates_remix_at_once_and_the_model_answers(page):
-    to_end(page)
-    trained, before = gates(page), maps(page)
+def test_changed_gates_remix_maps_and_recompute_predictions(page):
+    show_last_snapshot(page)
+    trained_gates, trained_maps = gates(page), maps(page)
     page.locator("[data-head='4'] input").fill("1")
-    assert gates(page)[4] == 1 and maps(page)[4] != before[4] and maps(page)[3] == before[3]
+    assert gates(page)[4] == 1 and maps(page)[4] != trained_maps[4] and maps(page)[3] == trained_maps[3]
     assert maps(page)[4] == maps(page, "position")[4]
     page.locator(".scope").select_option("model")
     page.locator(".all-gates").fill("0")
-    assert gates(page) == [0] * 9 and "9 heads of layer 5" in page.locator(".caption").inner_text()
+    assert gates(page) == [0] * 9 and "9 of the 9 heads of layer 5" in page.locator(".caption").inner_text()
     assert page.locator(".stale").is_visible()
     page.locator(".recompute").click()
-    page.wait_for_selector(".guess .was")
+    page.wait_for_selector(".prediction .before-label")
     assert page.locator(".stale").is_hidden()
-    name, after, _, earlier = page.locator(".guess > div").first.inner_text().split("\n")
-    model, image = last_model(), seen(page)
+    name, after, _, before = page.locator(".prediction > div").first.inner_text().split("\n")
+    model, pixels = last_model(), model_input(page)
     with torch.no_grad():
-        first = model(image).softmax(1)[0]
+        trained = model(pixels).softmax(1)[0]
         for block in model.blocks[:5]:
             block.attn.gating_param.fill_(-14)
-        logits, attention = model(image, return_attention=True)
+        logits, attention = model(pixels, return_attention=True)
     classes = torch.load(last_file(), weights_only=True)["classes"]
     index = classes.index(name)
-    assert float(earlier.rstrip("%")) == pytest.approx(100 * first[index].item(), abs=0.6)
+    assert float(before.rstrip("%")) == pytest.approx(100 * trained[index].item(), abs=0.6)
     assert float(after.rstrip("%")) == pytest.approx(100 * logits.softmax(1)[0, index].item(), abs=0.6)
-    shown = page.evaluate("convit.mapsOf(7, 20).content")
-    expected = attention[4].content[0, 7, 20]  # the later layer's maps, as the other gates make them
-    step = attention[4].content[0, 7].max().item() / 255
-    np.testing.assert_allclose(list(shown.values()) if isinstance(shown, dict) else shown, expected, atol=step)
+    expected = attention[4].content[0, 7, 20]  # changed too: its input depends on the gates of earlier layers
+    byte_step = attention[4].content[0, 7].max().item() / 255
+    np.testing.assert_allclose(page_map(page, 7, 20, "content"), expected, atol=byte_step)
     page.locator("[data-head='1'] input").fill("0.4")
-    assert page.locator(".guess .was").count() == 0 and page.locator(".stale").is_visible()  # an answer to other gates
+    assert page.locator(".prediction .before-label").count() == 0  # it was for other gates
+    assert page.locator(".stale").is_visible()
     page.locator(".recompute").click()
-    page.locator(".undo").click()  # before the answer has come
+    page.locator(".reset-gates").click()  # before the answer arrives
     page.wait_for_timeout(500)
-    assert gates(page) == trained and maps(page) == before and page.locator(".guess .was").count() == 0
+    assert gates(page) == trained_gates and maps(page) == trained_maps
+    assert page.locator(".prediction .before-label").count() == 0
     assert page.locator(".all-gates").input_value() == "0.73"
 
 
@@ -205,207 +207,209 @@ def last_model() -> ConViT:
     return model
 
 
-def seen(page) -> torch.Tensor:
-    """The picture on show, as the model gets it."""
+def model_input(page) -> torch.Tensor:
+    """The displayed image, as the model receives it."""
     raw = np.frombuffer(base64.b64decode(page.evaluate("convit.pixels()")), dtype=np.uint8).reshape(32, 32, 3)
-    return normalise(torch.tensor(raw).permute(2, 0, 1)[None])
+    return normalize(torch.tensor(raw).permute(2, 0, 1)[None])
 
 
-def test_the_maps_of_the_browser_are_the_models(page):
-    """The page's own JavaScript against HeadAttention, at the last checkpoint, in the last GPSA layer."""
-    to_end(page)
+def test_browser_maps_match_the_model(page):
+    """JavaScript against HeadAttention, in the last snapshot and GPSA layer."""
+    show_last_snapshot(page)
     model = last_model()
     with torch.no_grad():
-        heads = model(seen(page), return_attention=True)[1][model.config.gpsa_layers - 1]
-    assert_maps(page, heads, [(0, 0), (4, 27), (8, 63)])
+        attention = model(model_input(page), return_attention=True)[1][model.config.gpsa_layers - 1]
+    assert_maps(page, attention, [(0, 0), (4, 27), (8, 63)])
 
 
-def test_the_address_brings_a_view_back(page, browser, server):
+def test_url_restores_the_view(page, browser, server):
     page.locator("[data-example=lion]").click()
     page.wait_for_function("convit.state.example === 'lion'")
-    to_end(page)
+    show_last_snapshot(page)
     page.locator("[data-layer='2'][data-cell='6']").click()
     page.wait_for_function("convit.state.head === 6 && convit.state.layer === 2")
-    page.locator(".picture").click(position=patch(page, 1, 3))
+    page.locator(".image").click(position=patch(page, 1, 3))
     page.wait_for_function("location.hash.includes('patch=2,4') && location.hash.includes('head=7')")
-    with visiting(browser, page.url) as other:
+    with open_page(browser, page.url) as other:
         assert gates(other) == gates(page) and maps(other) == maps(page) and query(other) == 11
-        assert other.locator(".head.chosen").get_attribute("data-head") == "6"
+        assert other.locator(".head.selected").get_attribute("data-head") == "6"
         assert other.evaluate("convit.state.example") == "lion"
-    nonsense = server + "/#layer=99&epoch=-3&head=x&patch=9,9&picture=<img src=x>&tab=none"
-    with visiting(browser, nonsense) as other:
+    invalid = server + "/#layer=99&epoch=-3&head=x&patch=9,9&image=<img src=x>&tab=none"
+    with open_page(browser, invalid) as other:
         assert gates(other) == [0.731] * 9
 
 
-def test_the_story_shares_its_cursor_with_the_heads(page):
-    page.get_by_role("tab", name="Training story").click()
+def test_training_curves_share_the_epoch_with_the_heads(page):
+    page.get_by_role("tab", name="Training curves").click()
     assert page.locator(".gate-charts svg").count() == 5 and page.locator(".distance-charts svg").count() == 7
     metrics = [json.loads(line) for line in (DEMO / "metrics.jsonl").read_text().splitlines()]
     points = page.locator(".gate-charts figure").nth(2).locator("[data-curve='4']").get_attribute("points").split()
     assert len(points) == len(metrics)
     heights = np.array([float(point.split(",")[1]) for point in points])
-    wanted = np.array([line["heads"]["gate"][2][4] for line in metrics])
-    assert np.corrcoef(heights, wanted)[0, 1] < -0.999  # upwards is less
+    expected = np.array([record["heads"]["gate"][2][4] for record in metrics])
+    assert np.corrcoef(heights, expected)[0, 1] < -0.999  # the y axis of an SVG points down
     box = page.locator(".gate-charts svg").first.bounding_box()
     page.mouse.click(box["x"] + 0.965 * box["width"], box["y"] + 40)
-    assert page.evaluate("convit.state.checkpoint") == int(page.locator(".checkpoint").get_attribute("max"))
+    assert page.evaluate("convit.state.snapshot") == int(page.locator(".snapshot").get_attribute("max"))
     page.keyboard.press("Tab")
     page.get_by_role("tab", name="Watch heads escape").click()
     assert gates(page) != [0.731] * 9
 
 
-def test_a_head_by_hand_is_a_soft_convolution(page):
+def test_kernel_tab_filters_like_a_soft_convolution(page):
     page.get_by_role("tab", name="Attention as convolution").click()
     page.get_by_label("tap 0 right, 0 down").click()
-    centre = pixels_of(page, ".filtered")
+    center = canvas_pixels(page, ".filtered")
     page.get_by_label("tap 1 right, 0 down").click()
-    shifted = pixels_of(page, ".filtered")
-    assert np.abs(shifted[:, :-48] - centre[:, 48:]).mean() < 8  # what stood to the right
-    assert np.abs(shifted[:, :-48] - centre[:, :-48]).mean() > 15
+    shifted = canvas_pixels(page, ".filtered")
+    assert np.abs(shifted[:, :-48] - center[:, 48:]).mean() < 8  # moved in from the right
+    assert np.abs(shifted[:, :-48] - center[:, :-48]).mean() > 15
     page.locator(".strength").fill("0")
-    mean = pixels_of(page, ".filtered").reshape(8, 48, 8, 48, 3)
-    assert np.ptp(mean, axis=(0, 2)).max() <= 1  # every patch is the mean of all
+    mean = canvas_pixels(page, ".filtered").reshape(8, 48, 8, 48, 3)
+    assert np.ptp(mean, axis=(0, 2)).max() <= 1  # every patch is the mean of all patches
     box = page.locator(".kernel-map").bounding_box()
     side = (box["width"] - 60 * box["width"] / 400) / 8
     page.mouse.move(box["x"] + box["width"] - 3.5 * side, box["y"] + box["height"] - 3.5 * side)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] - 1.5 * side, box["y"] + box["height"] - 2.5 * side)
     page.mouse.up()
-    assert float(page.locator(".right-of").inner_text()) == pytest.approx(2, abs=0.1)
-    assert float(page.locator(".down-of").inner_text()) == pytest.approx(1, abs=0.1)
-    page.locator(".take").click()
-    assert "click a head" in page.locator(".taken").inner_text()
+    assert float(page.locator(".right-value").inner_text()) == pytest.approx(2, abs=0.1)
+    assert float(page.locator(".down-value").inner_text()) == pytest.approx(1, abs=0.1)
+    page.locator(".copy-head").click()
+    assert "click a head" in page.locator(".copied-head").inner_text()
     page.get_by_role("tab", name="Watch heads escape").click()
-    page.locator("[data-head='0'] .choose").click()
+    page.locator("[data-head='0'] .select-head").click()
     page.get_by_role("tab", name="Attention as convolution").click()
-    page.locator(".take").click()
-    assert "Head 1 of layer 5 at epoch 0" in page.locator(".taken").inner_text()
+    page.locator(".copy-head").click()
+    assert "Head 1 of layer 5 at epoch 0" in page.locator(".copied-head").inner_text()
     assert page.locator(".v-pos").inner_text().endswith("= (-2.00, -2.00, -1.00)")
 
 
-def test_the_page_takes_pictures_by_button_drop_and_paste(page, tmp_path):
-    Image.effect_noise((80, 50), 90).convert("RGB").save(tmp_path / "mine.png")
+def test_upload_by_button_drop_and_paste(page, tmp_path):
+    Image.effect_noise((80, 50), 90).convert("RGB").save(tmp_path / "upload.png")
     transfer = """async ([kind, data]) => {
         const file = new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], "x.png", { type: "image/png" });
         const transfer = new DataTransfer();
         transfer.items.add(file);
         const event = kind === "drop" ? new DragEvent("drop", { dataTransfer: transfer, bubbles: true })
             : new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true });
-        document.querySelector(".picture").dispatchEvent(event);
+        document.querySelector(".image").dispatchEvent(event);
     }"""
-    data = base64.b64encode((tmp_path / "mine.png").read_bytes()).decode()
-    ways = {
-        "button": lambda: page.locator(".file").set_input_files(tmp_path / "mine.png"),
+    data = base64.b64encode((tmp_path / "upload.png").read_bytes()).decode()
+    uploads = {
+        "button": lambda: page.locator(".file").set_input_files(tmp_path / "upload.png"),
         "drop": lambda: page.evaluate(transfer, ["drop", data]),
         "paste": lambda: page.evaluate(transfer, ["paste", data]),
     }
-    for way in ways.values():
+    for upload in uploads.values():
         page.locator("[data-example=bus]").click()
         page.wait_for_function("convit.state.example === 'bus'")
         example = maps(page, "content")
-        way()
+        upload()
         page.wait_for_function("convit.state.example === null")
         assert maps(page, "content") != example
 
 
-def test_what_is_no_picture_is_refused_in_a_sentence_and_the_page_lives_on(page, tmp_path):
-    before = picture(page)
-    (tmp_path / "broken.png").write_bytes(b"this is no picture")
+def test_unusable_uploads_show_an_error_and_change_nothing(page, tmp_path):
+    before = image(page)
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     (tmp_path / "large.png").write_bytes(bytes(11 * 2**20))
-    for name, words in (("broken", "cannot be read as a picture"), ("large", "larger than 10 MB")):
+    for name, message in (("broken", "cannot be read as an image"), ("large", "larger than 10 MB")):
         page.locator(".file").set_input_files(tmp_path / f"{name}.png")
-        page.wait_for_selector(f"text={words}")
-        assert picture(page) == before
-    page.locator(".picture").click(position=patch(page, 0, 0))
+        page.wait_for_selector(f"text={message}")
+        assert image(page) == before
+    page.locator(".image").click(position=patch(page, 0, 0))
     assert brightest(maps(page, "position")[4]) == 0
     page.locator("[data-example=tower]").click()
     page.wait_for_function("convit.state.example === 'tower'")
-    assert page.locator(".trouble").inner_text() == ""
+    assert page.locator(".error").inner_text() == ""
 
 
-def test_files_to_keep(page, tmp_path):
-    to_end(page)
+def test_downloads(page, tmp_path):
+    show_last_snapshot(page)
 
     def download(button: str) -> Path:
-        with page.expect_download() as waiting:
+        with page.expect_download() as event:
             page.locator(button).click()
-        waiting.value.save_as(tmp_path / waiting.value.suggested_filename)
-        return tmp_path / waiting.value.suggested_filename
+        file = tmp_path / event.value.suggested_filename
+        event.value.save_as(file)
+        return file
 
-    with Image.open(download(".save-view")) as view:
+    with Image.open(download(".save-png")) as view:
         assert view.format == "PNG" and min(view.size) > 400 and np.asarray(view.convert("L")).std() > 20
-    with Image.open(download(".save-moving")) as moving:
-        assert moving.format == "GIF" and moving.n_frames == 1 + int(page.locator(".checkpoint").get_attribute("max"))
-    lines = list(csv.DictReader(download(".save-gates").open()))
-    shown = [float(line["gate"]) for line in lines if line["layer"] == "5" and line["epoch"] == lines[-1]["epoch"]]
-    np.testing.assert_allclose(shown, gates(page), atol=5e-4)
+    with Image.open(download(".save-gif")) as animation:
+        assert animation.format == "GIF" and animation.n_frames == 1 + int(
+            page.locator(".snapshot").get_attribute("max")
+        )
+    rows = list(csv.DictReader(download(".save-csv").open()))
+    saved = [float(row["gate"]) for row in rows if row["layer"] == "5" and row["epoch"] == rows[-1]["epoch"]]
+    np.testing.assert_allclose(saved, gates(page), atol=5e-4)
 
 
-def test_all_can_be_done_by_keyboard_and_everything_has_a_name(page):
+def test_keyboard_access_and_accessible_names(page):
     unnamed = page.evaluate("""[...document.querySelectorAll(
-            ".panel :is(button, input, select, canvas, img, svg[role])")]
-        .filter(one => !one.closest("[hidden], .map, .legend") && !(one.labels?.length || one.textContent.trim()
-            || one.alt || one.title || one.getAttribute("aria-label") || one.querySelector("img[alt]")))
-        .map(one => one.outerHTML.slice(0, 80))""")
+            ".viewer :is(button, input, select, canvas, img, svg[role])")]
+        .filter(node => !node.closest("[hidden], .map, .legend") && !(node.labels?.length || node.textContent.trim()
+            || node.alt || node.title || node.getAttribute("aria-label") || node.querySelector("img[alt]")))
+        .map(node => node.outerHTML.slice(0, 80))""")
     assert not unnamed
-    reached = set()
+    focused = set()
     for _ in range(90):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.className.split(' ')[0] || document.activeElement.id"))
-    wanted = {
+        focused.add(page.evaluate("document.activeElement.className.split(' ')[0] || document.activeElement.id"))
+    # "recompute" is disabled until a gate changes
+    assert {
         "play",
         "step",
         "reset",
-        "checkpoint",
+        "snapshot",
         "layer",
-        "picture",
-        "choose",
-        "recompute",
-        "save-view",
+        "image",
+        "select-head",
+        "save-png",
         "cell",
         "train",
-    }
-    assert wanted - {"recompute"} <= reached  # not while there is nothing to recompute
+    } <= focused
     page.locator("#tab-watch").focus()
     page.keyboard.press("ArrowRight")
-    assert page.locator("#tab-story").get_attribute("aria-selected") == "true"
+    assert page.locator("#tab-curves").get_attribute("aria-selected") == "true"
 
 
 @pytest.mark.parametrize("width", [1440, 1024, 390])
-def test_it_fits_and_nothing_jumps(browser, server, width):
-    with visiting(browser, server, width) as page:
+def test_layout_fits_and_does_not_shift(browser, server, width):
+    with open_page(browser, server, width) as page:
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        place = page.locator(".heads").bounding_box()
-        to_end(page)
+        box = page.locator(".heads").bounding_box()
+        show_last_snapshot(page)
         page.locator(".reset").click()
-        assert page.locator(".heads").bounding_box() == place
+        assert page.locator(".heads").bounding_box() == box
         assert page.locator("[data-head='0'] .mixed canvas").bounding_box()["width"] >= 50
 
 
-def test_wishes_on_their_way_do_not_push_each_other_out(page):
-    script = """wishes => { for (const [selector, value] of wishes) {
-        const part = document.querySelector(selector);
-        if (value === undefined) part.click();
-        else { part.value = value; part.dispatchEvent(new Event("change")); } } }"""
+def test_concurrent_changes_are_merged(page):
+    script = """changes => { for (const [selector, value] of changes) {
+        const node = document.querySelector(selector);
+        if (value === undefined) node.click();
+        else { node.value = value; node.dispatchEvent(new Event("change")); } } }"""
     page.evaluate(script, [["[data-example=lion]"], [".layer", 1]])
     page.wait_for_function("convit.state.example === 'lion' && convit.state.layer === 1")
     page.evaluate(script, [[".layer", 2], ["[data-example=bus]"]])
     page.wait_for_function("convit.state.example === 'bus' && convit.state.layer === 2")
 
 
-def test_a_visitor_trains_a_model_others_wait_and_its_checkpoints_appear(page, browser, server):
+def test_training_on_the_page_queues_sessions_and_shows_snapshots(page, browser, server):
     page.locator(".train").click()
     page.wait_for_selector("text=Starting")
-    with visiting(browser, server) as other:
+    with open_page(browser, server) as other:
         other.locator(".train").click()
         other.wait_for_selector("text=yours is next")
         other.locator(".train-stop").click()
-        other.wait_for_selector("text=A nano model, from nothing")
-    page.wait_for_selector("text=Its gates are on show", timeout=90_000)
+        other.wait_for_selector("text=Train a nano model from scratch")
+    page.wait_for_selector("text=Its gates are shown live", timeout=90_000)
     page.wait_for_function("document.querySelector('[data-example]').dataset.example === 'pattern 1'")
     assert gates(page) == [0.731] * 9
     page.locator(".train-stop").click()
-    page.wait_for_selector("text=Stopped. The slider above goes through its training.")
-    page.locator(".runs").select_option("")
+    page.wait_for_selector("text=Stopped. Use the slider above to go through its training.")
+    page.locator(".models").select_option("")
     page.wait_for_selector("[data-example=lion]")
-    assert page.locator(".checkpoint").get_attribute("max") == str(len(list((DEMO / "snapshots").iterdir())) - 1)
+    assert page.locator(".snapshot").get_attribute("max") == str(len(list((DEMO / "snapshots").iterdir())) - 1)

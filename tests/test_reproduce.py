@@ -1,4 +1,4 @@
-"""reproduce.py as a user runs it: killed and run again; its numbers against slow references and made-up runs."""
+"""experiments.sweep and experiments.reproduce: real processes, killed and resumed; numbers against slow references."""
 
 import dataclasses
 import json
@@ -15,59 +15,111 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import perturb
+from conftest import ROOT, perturb
 from PIL import Image
 
-import reproduce
-import training.report
 from analysis import read_metrics
-from convit_min import GPSA, ConViT, ConViTConfig, normalise
-from reproduce import SCALES, grids, masked, runs_of
+from convit_min import GPSA, ConViT, ConViTConfig
+from experiments import migrate, reproduce, sweep
+from experiments.reproduce import BUDGETS, masked, seed_runs, tables
+from experiments.sweep import Run, Sweep, read_run
+from images import normalize
 from training.checkpoint import save_weights
-from training.config import build_model
-from training.flags import as_flags, parse_flags
+from training.config import build_model, parse_flags
+from training.data import load_datasets
+from training.distributed import UserError
 
-server = multiprocessing.get_context("forkserver")  # its processes have imported all, and start within milliseconds
-server.set_forkserver_preload(["reproduce", "train_imagenet"])  # test_faults.py has the same server
-WORDS = ["sample-efficiency", "--scale", "smoke", "--lr", "0.001", "--data-dir"]
+server = multiprocessing.get_context("forkserver")  # its processes have imported everything: they start in milliseconds
+server.set_forkserver_preload(["experiments.reproduce", "train_imagenet"])  # test_faults.py uses the same server
+FLAGS = ["sample-efficiency", "--budget", "smoke", "--lr", "0.001", "--data-dir"]
+
+# Stands in for train_cifar.py where only the sweep is tested. An epoch takes 0.1 s, or 1 s with --lr 0.5.
+FAKE_TRAINING = """
+import hashlib, json, os, signal, sys, time
+from pathlib import Path
+
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+signal.signal(signal.SIGINT, lambda *_: os._exit(99))  # a Ctrl-C must not reach it twice
+words, flags = sys.argv[1:], {}
+while words:
+    name, _, value = words.pop(0).removeprefix("--").partition("=")
+    if not value and words and not words[0].startswith("--"):
+        value = words.pop(0)
+    flag = name.removeprefix("no-").replace("-", "_")
+    try:
+        flags[flag] = json.loads(value)
+    except ValueError:
+        flags[flag] = value or flag == name
+resume, run = flags.pop("resume", False), Path(flags["run"])
+run.mkdir(parents=True, exist_ok=True)
+assert resume == (run / "last.pt").exists()
+entry = {"command": " ".join(["python train_cifar.py", *sys.argv[1:]]), "device": "CPU", "machine": "x86_64",
+         "python": "3", "torch": "2", "torchvision": "0", "pid": os.getpid()}
+history = json.loads((run / "provenance.json").read_text()) if resume else []
+(run / "provenance.json").write_text(json.dumps([*history, entry]))
+(run / "config.json").write_text(json.dumps({"val_fraction": None} | flags))
+if flags["lr"] > 1:
+    sys.exit("the loss is no longer finite")
+seed = {name: value for name, value in flags.items() if name not in ("run", "data_dir")}
+first = json.loads((run / "last.pt").read_text()) if resume else 0
+for epoch in range(first, flags["epochs"] + 1):
+    time.sleep(1 if flags["lr"] == 0.5 else 0.1)
+    accuracy = int(hashlib.sha256(repr((seed, epoch)).encode()).hexdigest()[:4], 16) / 1000
+    line = {"epoch": epoch, "step": epoch * flags["steps_per_epoch"], "test_accuracy": accuracy}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\\n")
+    (run / "last.pt").write_text(json.dumps(epoch + 1))
+    if stopped:
+        sys.exit(143)
+"""
 
 
-def run_in(folder: Path, log: Path, *words):
-    """In a process of its own: `python reproduce.py WORDS` in a folder, without the plots of every run."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def run_main(folder: Path, code: Path, argv: list[str]):
+    """In a child process: `python -m experiments.reproduce ARGV` in a folder, with the training script in `code`."""
+    output = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(folder)
-    torch.set_num_threads(1)
-    training.report.draw_run = lambda *_: None
-    sys.argv = ["reproduce.py", *map(str, words)]
+    sweep.CODE = code
+    sys.argv = ["reproduce.py", *argv]
     reproduce.main()
 
 
-def start(folder: Path, *words):
-    process = server.Process(target=run_in, args=(folder, folder / "log", *words))
-    process.start()
-    return process
+class Reproduce:
+    """experiments.reproduce in a process of its own."""
+
+    def __init__(self, folder: Path, code: Path, *argv):
+        self.log, self.folder = folder / "log", folder
+        self.process = server.Process(target=run_main, args=(folder, code, [str(word) for word in argv]))
+        self.process.start()
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit status and the output of all processes in its folder."""
+        self.process.join(120)
+        assert self.process.exitcode is not None, "it hangs"
+        return self.process.exitcode, self.log.read_text()
+
+    def wait_for_runs(self, count: int) -> list[Path]:
+        """Wait until so many runs have saved something; their folders, the newest last."""
+        deadline = time.monotonic() + 60
+        while len(files := list(self.folder.glob("runs/sweeps/smoke/*/last.pt"))) < count:
+            assert self.process.is_alive() and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.002)
+        return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)]
 
 
-def wait(process, folder: Path) -> tuple[int, str]:
-    """The exit status of a process and all that was said in its folder."""
-    process.join(120)
-    assert process.exitcode is not None, "it hangs"
-    return process.exitcode, (folder / "log").read_text()
+def records_in(folder: Path) -> dict[str, dict]:
+    return Sweep(folder / "results/reproduce/smoke/runs.jsonl", folder).records()
 
 
-def wait_for(count: int, folder: Path, process):
-    """Until so many runs have begun and saved something."""
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("results/reproduce/smoke/runs/*/last.pt"))) < count:
-        assert process.is_alive() and time.monotonic() < deadline, (folder / "log").read_text()
-        time.sleep(0.002)
+def training_pid(run: Path) -> int:
+    return json.loads((run / "provenance.json").read_text())[-1]["pid"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The models are too small for two, which would wait for each other on a busy machine."""
+    """The models are too small for two threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -75,55 +127,199 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tree, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    status, output = wait(start(folder, *WORDS, tree), folder)
+def fake_code(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("code")
+    (folder / "train_cifar.py").write_text(FAKE_TRAINING)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tree, fake_code, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    status, output = Reproduce(folder, fake_code, *FLAGS, tree).wait()
     assert status == 0, output
     return folder
 
 
-def test_a_killed_grid_ends_with_the_same_table(tree, undisturbed, tmp_path):
-    folder = tmp_path
-    process = start(folder, *WORDS, tree)
-    wait_for(2, folder, process)
-    process.kill()
-    process.join()
-    first = folder / "results/reproduce/smoke/runs/data-fraction=0.05_lr=0.001_seed=0"
-    done = (first / "last.pt").stat().st_mtime_ns
+def test_interrupted_sweep_ends_with_the_same_table(tree, fake_code, uninterrupted, tmp_path):
+    first = Reproduce(tmp_path, fake_code, *FLAGS, tree)
+    run = first.wait_for_runs(2)[-1]
+    first.process.kill()
+    os.kill(training_pid(run), signal.SIGKILL)
+    first.process.join()
 
-    process = start(folder, *WORDS, tree)
-    wait_for(4, folder, process)
-    os.kill(process.pid, signal.SIGINT)
-    status, output = wait(process, folder)
+    second = Reproduce(tmp_path, fake_code, *FLAGS, tree)
+    second.wait_for_runs(4)
+    os.kill(second.process.pid, signal.SIGINT)
+    status, output = second.wait()
     assert status == 1 and "Traceback" not in output
-    (todo, finished), (todo_again, finished_again) = re.findall(r"(\d+) runs to do, (\d+) finished before", output)
-    assert (todo, finished) == ("10", "0") and int(finished_again) >= 1 and int(todo_again) == 10 - int(finished_again)
+    assert re.search(r"reproduce\.py: stopped in the run \S+; rerun the same command to resume\n$", output)
+    finished = records_in(tmp_path)
+    assert 1 < len(finished) < 10
 
-    status, output = wait(start(folder, *WORDS, tree), folder)
+    status, output = Reproduce(tmp_path, fake_code, *FLAGS, tree).wait()
     assert status == 0, output
-    assert (first / "last.pt").stat().st_mtime_ns == done
+    runs_left = [int(count) for count in re.findall(r" \((\d+) of 10 runs left\)$", output, re.MULTILINE)]
+    assert runs_left[:2] == [10, 9] and runs_left[-10 + len(finished) :] == [*range(10 - len(finished), 0, -1)]
+    records = records_in(tmp_path)
+    assert {name: records[name] for name in finished} == finished  # not trained again
+    assert 1 <= sum(len(record["provenance"]) == 2 for record in records.values()) <= 2  # resumed
     table, expected = (
-        (root / "results/reproduce/smoke/sample-efficiency.md").read_text() for root in (folder, undisturbed)
+        (folder / "results/reproduce/smoke/sample-efficiency.md").read_text() for folder in (tmp_path, uninterrupted)
     )
     assert table == expected and table.count("(2)") == 2
 
 
-def test_all_runs_have_as_many_steps_and_tell_how_they_were_made(tree, undisturbed):
-    record = json.loads((undisturbed / "results/reproduce/smoke/sample-efficiency.json").read_text())
-    assert [cell["steps"] for cell in record["cells"]] == [[0, 3, 6]] * 8
-    assert len(record["runs"]) == 10
-    for name, history in record["runs"].items():
-        assert history[0]["torch"] == torch.__version__
-        assert history[0]["command"].startswith("python train_cifar.py ") and name in history[0]["command"]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_is_passed_on_once_and_the_run_is_saved(tree, fake_code, tmp_path, number):
+    process = Reproduce(tmp_path, fake_code, *FLAGS, tree, "--lr", "0.5")
+    run = process.wait_for_runs(1)[0]
+    os.kill(process.process.pid, number)
+    status, output = process.wait()
+    assert status == 1 and output.endswith(f"stopped in the run {run.name}; rerun the same command to resume\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(training_pid(run), 0)  # it ended first
+    assert len(read_metrics(run)) == json.loads((run / "last.pt").read_text()) < 3
+    assert not records_in(tmp_path)
+
+
+def test_run_of_a_killed_sweep_is_not_trained_twice_at_once(tree, fake_code, tmp_path):
+    first = Reproduce(tmp_path, fake_code, *FLAGS, tree)
+    run = first.wait_for_runs(1)[0]
+    pid = training_pid(run)
+    first.process.kill()  # its training process is still running
+    first.process.join()
+    os.kill(pid, signal.SIGSTOP)
+    second = Reproduce(tmp_path, fake_code, *FLAGS, tree)
+    second.wait_for_runs(4)
+    assert len(read_run(run)["provenance"]) == 1
+    os.kill(pid, signal.SIGCONT)
+    status, output = second.wait()
+    assert status == 0, output
+    assert len(records_in(tmp_path)) == 10
+
+
+def test_two_processes_share_a_sweep(tree, fake_code, uninterrupted, tmp_path):
+    processes = [Reproduce(tmp_path, fake_code, *FLAGS, tree) for _ in range(2)]
+    for process in processes:
+        status, output = process.wait()
+        assert status == 0, output
+    records, expected = records_in(tmp_path), records_in(uninterrupted)
+    assert len((tmp_path / "results/reproduce/smoke/runs.jsonl").read_text().splitlines()) == 10
+    assert {name: record["metrics"] for name, record in records.items()} == {
+        name: record["metrics"] for name, record in expected.items()
+    }
+    assert all(len(record["provenance"]) == 1 for record in records.values())
+    assert len(re.findall(r" of 10 runs left\)$", output, re.MULTILINE)) == 10
+
+
+def append_runs(file: Path, prefix: str):
+    for index in range(50):
+        Sweep(file, file.parent).append({"name": f"{prefix}{index}", "padding": prefix * 20_000})
+        Sweep(file, file.parent).append({"name": f"shared{index}", "padding": ""})
+
+
+def test_append_is_atomic(tmp_path):
+    file = tmp_path / "runs.jsonl"
+    file.write_text('{"name": "first"}\n{"name": "cut off by a cr')
+    assert list(Sweep(file, tmp_path).records()) == ["first"]
+    processes = [server.Process(target=append_runs, args=(file, prefix)) for prefix in "ab"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    names = [json.loads(line)["name"] for line in file.read_text().splitlines()]
+    expected = {"first"} | {f"{prefix}{index}" for prefix in ("a", "b", "shared") for index in range(50)}
+    assert len(names) == len(expected) and set(names) == expected
+
+
+def test_identity_of_a_run(tmp_path):
+    config = {"lr": 1e-3, "seed": 0, "data_dir": "data/cifar10", "run": "old", "device": "cpu", "workers": 2}
+    record = {"name": "a", "config": config, "provenance": [], "metrics": [], "definition": "--gate-init 0\n-old\n"}
+    stored = Sweep(tmp_path / "runs.jsonl", tmp_path)
+    stored.append(record)
+    same = config | {"data_dir": "elsewhere", "run": "new", "device": "cuda", "workers": 8, "seed": None}
+    assert not stored.missing([Run("a", [], same, record["definition"])])
+    other = Run("b", [], config)
+    assert stored.missing([Run("a", [], {}, record["definition"]), other]) == [other]
+    with pytest.raises(UserError, match=r"^a has --lr 0.001, not 0.002; delete its line in .*runs.jsonl to train it"):
+        stored.missing([Run("a", [], config | {"lr": 2e-3}, record["definition"])])
+    with pytest.raises(UserError, match=r"^a was trained with other flags or another diff; delete its line in "):
+        stored.missing([Run("a", [], config, "--gate-init 0\n-new\n")])
+
+
+@pytest.mark.parametrize("change", [{"config": {"lr": 2e-3}}, {"definition": "another diff"}])
+def test_unfinished_run_with_another_config_is_not_resumed(tmp_path, change):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text('{"lr": 0.001}')
+    (tmp_path / "a" / "last.pt").touch()
+    with pytest.raises(UserError, match=rf"; delete {tmp_path}/a to train it again"):
+        Sweep(tmp_path / "runs.jsonl", tmp_path).train_next([Run("a", [], **change)])
+
+
+def test_failed_run_is_named(tree, fake_code, tmp_path):
+    for attempt in (1, 2):  # the same command tries again
+        flags = ["sample-efficiency", "--budget", "smoke", "--lr", "1e30", "--data-dir", tree]
+        status, output = Reproduce(tmp_path, fake_code, *flags).wait()
+        assert status == 1 and "Traceback" not in output
+        assert output.count("the loss is no longer finite") == attempt
+        assert output.count("reproduce.py: the run data-fraction=0.05_lr=1e+30_seed=0 failed") == attempt
+    assert not list(tmp_path.glob("results/**/*.md"))  # no incomplete table
+
+
+def test_all_runs_have_the_same_number_of_steps_and_their_provenance(uninterrupted):
+    table = json.loads((uninterrupted / "results/reproduce/smoke/sample-efficiency.json").read_text())
+    assert [cell["steps"] for cell in table["cells"]] == [[0, 3, 6]] * 8
+    records = records_in(uninterrupted)
+    assert {name for cell in table["cells"] for name in cell["runs"]} == records.keys() and len(records) == 10
+    for name, record in records.items():
+        assert record["provenance"][0]["command"].startswith("python train_cifar.py ")
+        assert record["provenance"][0]["command"].endswith(f"--run runs/sweeps/smoke/{name}")
+
+
+def test_migration_of_an_old_run(tmp_path):
+    """Every name is today's, every value is kept, and a migrated record stays as it is."""
+    command = (
+        "python train_cifar.py --hold-out=0.1 --no-flip --shift 0 --epoch-steps=3 --run=runs/x_hold-out=0.1_no-flip"
+    )
+    config = {"run": "runs/x_hold-out=0.1", "hold_out": 0.1, "flip": False, "shift": 0, "accumulate": 2, "lr": 1e-3}
+    config |= {"plain_epochs": 1, "repeats": 3, "epoch_steps": 3, "colour_jitter": 0.0}
+    line = {"epoch": 0, "test_accuracy": 12.3, "heads": {"gate": [[0.7]], "centre": [[[1.0, 0.0]]]}}
+    run = tmp_path / "x_hold-out=0.1_seed=0"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "provenance.json").write_text(json.dumps([{"command": command, "torch": "2.15"}]))
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (run / "exercise.txt").write_text("--epoch-steps 3\n-    old\n+    new\n")
+    (record,) = migrate.read_old_runs(run)
+    assert record == {
+        "name": "x_val-fraction=0.1_seed=0",
+        "config": {"run": "runs/x_val-fraction=0.1", "val_fraction": 0.1, "hflip": False, "crop_padding": 0, "lr": 1e-3}
+        | {"grad_accum_steps": 2, "mixup_off_epochs": 1, "aug_repeats": 3, "steps_per_epoch": 3, "pool": "token"},
+        "provenance": [
+            {
+                "command": "python train_cifar.py --val-fraction=0.1 --no-hflip --crop-padding 0 --steps-per-epoch=3 "
+                "--run=runs/x_val-fraction=0.1_no-flip",
+                "torch": "2.15",
+            }
+        ],
+        "metrics": [line | {"heads": {"gate": [[0.7]], "center": [[[1.0, 0.0]]]}}],
+        "definition": "--steps-per-epoch 3\n-    old\n+    new\n",
+    }
+    assert migrate.migrate(record) == record
+    file = tmp_path / "runs.jsonl"
+    Sweep(file, tmp_path).append(record)
+    assert migrate.read_old_runs(file) == [record]
 
 
 @pytest.fixture
-def reproduced(tmp_path, monkeypatch, capsys):
-    """Run `python reproduce.py WORDS` here and now, in a folder of its own; return what it says where it refuses."""
+def run_command(tmp_path, monkeypatch, capsys):
+    """Run `python -m experiments.reproduce ARGV` in this process and an empty folder; return its error message."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*words) -> str:
-        monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, words)])
+    def run(*argv) -> str:
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, argv)])
         try:
             reproduce.main()
         except SystemExit as stopped:
@@ -133,97 +329,100 @@ def reproduced(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_a_run_that_fails_is_named(tree, tmp_path):
-    for tries in (1, 2):  # the same command tries again
-        words = ["sample-efficiency", "--scale", "smoke", "--lr", "1e30", "--data-dir", tree]
-        status, output = wait(start(tmp_path, *words), tmp_path)
-        assert status == 1 and "Traceback" not in output
-        assert output.count("the loss is no longer finite at step 3") == tries
-        assert output.count("reproduce.py: the run data-fraction=0.05_lr=1e+30_seed=0 was not finished") == tries
-    assert not list(tmp_path.glob("results/**/*.md"))  # no table of half a grid
-
-
-def test_what_is_wrong_is_said_in_one_sentence(tree, undisturbed, reproduced, monkeypatch):
-    monkeypatch.chdir(undisturbed)
-    assert "seed=0 has --data-dir" in reproduced(*WORDS, tree.parent)
+def test_user_errors_are_one_sentence(tree, uninterrupted, run_command, monkeypatch):
+    monkeypatch.chdir(uninterrupted)
+    assert run_command(*FLAGS, tree.parent) == ""  # finished runs need no data
+    assert "seed=0 has --batch-size 4, not" not in run_command(*FLAGS, tree)
+    assert "seed=0 has --amp None, not bf16; delete its line in" in run_command(*FLAGS, tree, "--amp", "bf16")
     monkeypatch.chdir(tree)
-    assert "holds no train/CLASS/*" in reproduced("ablation", "--data-dir", "typo")
-    assert "typo holds no snapshots" in reproduced("gates", "--run", "typo", "--data-dir", tree)
-    assert "has 2 classes, but" in reproduced("masking", "--data-dir", tree)
+    assert "holds no train/CLASS/*" in run_command("ablation", "--data-dir", "typo")
+    assert "typo has no snapshots" in run_command("gates", "--run", "typo", "--data-dir", tree)
+    assert "has 2 classes, but" in run_command("masking", "--data-dir", tree)
+    assert "has no runs.jsonl" in run_command("compare", tree)
     assert not Path("results").exists()
 
 
-@pytest.mark.parametrize("words", [[], *([command] for command in reproduce.COMMANDS)])
-def test_help(words, reproduced):
-    assert reproduced(*words, "--help") == "0"  # the status
+@pytest.mark.parametrize("argv", [[], *([name] for name in (*reproduce.TABLES, "all", "gates", "masking", "compare"))])
+def test_help(argv, run_command):
+    assert run_command(*argv, "--help") == "0"  # the exit status
 
 
-def made_up(fields: dict, accuracy: float):
-    """The folder of a finished run that was never trained."""
-    run = Path(fields["run"])
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps(dataclasses.asdict(reproduce.Config(**fields))))
-    lines = [{"epoch": epoch, "step": 500 * epoch, "test_accuracy": accuracy} for epoch in range(fields["epochs"] + 1)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    entry = dict.fromkeys(("command", "device", "machine", "python", "torch", "torchvision"), run.name)
-    (run / "provenance.json").write_text(json.dumps([entry]))
+@pytest.mark.parametrize("name", [*reproduce.TABLES, "learning-rate"])
+def test_committed_tables_are_those_of_the_committed_runs(name, run_command):
+    """With CIFAR-10 anywhere, or nowhere: nothing is trained."""
+    committed = ROOT / "results" / "reproduce" / "laptop"
+    folder = Path("results/reproduce/laptop")
+    folder.mkdir(parents=True)
+    (folder / "runs.jsonl").write_bytes((committed / "runs.jsonl").read_bytes())
+    assert run_command("all") == ""
+    text, expected = ((path / f"{name}.md").read_text().splitlines() for path in (folder, committed))
+    assert [line for line in text if line[:1] != "`"] == [line for line in expected if line[:1] != "`"]
 
 
-def test_held_back_pictures_choose_and_a_spread_is_of_several_seeds(reproduced):
-    """All runs of the laptop are there already: 6 for the learning rate, and, once each, 27 more."""
-    given = Namespace(scale="laptop", seeds=None, amp=None, data_dir="data", dataset=None)
-    tables, expected = grids(SCALES["laptop"]), {}
-    for (rate, name), change in tables["learning-rate"].items():  # 2e-3 is the best for ConViT, 1e-3 for both together
-        score = {"0.0005": (40, 40), "0.001": (50, 49), "0.002": (52, 45)}[rate][name == "plain ViT"]
-        for fields in runs_of(change, None, given):
-            assert fields["hold_out"] == 0.1
-            made_up(fields, score)
-    for name in ("sample-efficiency", "ablation", "locality"):
-        for place, change in tables[name].items():
-            for fields in runs_of(change, 1e-3, given):
-                if not Path(fields["run"]).exists():
-                    made_up(fields, 30 + len(expected) + 5 * fields["seed"])
-                accuracy = read_metrics(Path(fields["run"]))[-1]["test_accuracy"]
-                expected.setdefault(fields["run"], accuracy)
-                expected.setdefault((name, place), []).append(accuracy)
-    assert len(list(Path("results/reproduce/laptop/runs").iterdir())) == 6 + 27
-    assert reproduced("all") == ""
+def write_record(run: Run, accuracy: float, budget: str):
+    """A finished run that was never trained."""
+    config = dataclasses.asdict(reproduce.Config(**run.config))
+    metrics = [
+        {"epoch": epoch, "step": 500 * epoch, "test_accuracy": accuracy} for epoch in range(config["epochs"] + 1)
+    ]
+    provenance = [dict.fromkeys(("command", "device", "machine", "python", "torch", "torchvision"), run.name)]
+    record = {"name": run.name, "config": config, "provenance": provenance, "metrics": metrics}
+    Sweep(Path(f"results/reproduce/{budget}/runs.jsonl"), Path()).append(record)
 
-    for name in ("sample-efficiency", "ablation", "locality"):
+
+def test_validation_accuracy_selects_the_learning_rate_and_std_is_over_seeds(run_command):
+    """All runs of the laptop budget are finished: 6 for the learning rate, and 27 distinct ones of the tables."""
+    args = Namespace(budget="laptop", seeds=None, amp=None, data_dir="data", dataset=None)
+    all_tables, expected = tables(BUDGETS["laptop"]), {}
+    for (lr, model), settings in all_tables["learning-rate"].items():  # 2e-3: best for ConViT; 1e-3: best for both
+        accuracy = {"0.0005": (40, 40), "0.001": (50, 49), "0.002": (52, 45)}[lr][model == "plain ViT"]
+        for run in seed_runs(settings, None, args):
+            assert run.config["val_fraction"] == 0.1
+            write_record(run, accuracy, "laptop")
+    for name in reproduce.TABLES:
+        for cell, settings in all_tables[name].items():
+            for run in seed_runs(settings, 1e-3, args):
+                if run.name not in expected:
+                    expected[run.name] = 30 + len(expected) + 5 * run.config["seed"]
+                    write_record(run, expected[run.name], "laptop")
+                expected.setdefault((name, cell), []).append(expected[run.name])
+    assert len(Path("results/reproduce/laptop/runs.jsonl").read_text().splitlines()) == 6 + 27
+    assert run_command("all") == ""
+
+    for name in reproduce.TABLES:
         file = Path("results/reproduce/laptop") / name
-        with Image.open(file.with_suffix(".png")) as picture:
-            picture.verify()
-        table = file.with_suffix(".md").read_text()
-        assert "learning rate 0.001." in table and "2000 steps of 32" in table
-        record = json.loads(file.with_suffix(".json").read_text())
-        for cell in record["cells"]:
+        with Image.open(file.with_suffix(".png")) as plot:
+            plot.verify()
+        text = file.with_suffix(".md").read_text()
+        assert "learning rate 0.001." in text and "2000 steps of 32" in text
+        for cell in json.loads(file.with_suffix(".json").read_text())["cells"]:
             accuracy = expected[name, (cell["row"], cell["column"])]
             assert cell["accuracy"] == accuracy and cell["mean"] == pytest.approx(np.mean(accuracy))
-            line = next(line for line in table.splitlines() if line.startswith(f"| {cell['row']} |"))
+            line = next(line for line in text.splitlines() if line.startswith(f"| {cell['row']} |"))
             if len(accuracy) == 1:
-                assert cell["spread"] is None and f" {accuracy[0]:.1f} |" in line
+                assert cell["std"] is None and f" {accuracy[0]:.1f} |" in line
             else:
-                assert cell["spread"] == pytest.approx(np.std(accuracy, ddof=1))
+                assert cell["std"] == pytest.approx(np.std(accuracy, ddof=1))
                 assert f" {np.mean(accuracy):.1f} ± {np.std(accuracy, ddof=1):.1f} (2) |" in line
 
 
-@pytest.mark.parametrize("name", SCALES)
-def test_every_run_is_a_command_and_the_same_runs_are_shared(name, monkeypatch):
-    given, configs = Namespace(scale=name, seeds=None, amp=None, data_dir="data", dataset=None), {}
-    for grid, places in grids(SCALES[name]).items():
-        for place, change in places.items():
-            fields = runs_of(change, 1e-3, given)[0]
-            monkeypatch.setattr(sys, "argv", ["train_cifar.py", *as_flags(fields)])
-            configs[(grid, *place)] = parse_flags(reproduce.Config, "")
-            assert configs[(grid, *place)] == reproduce.Config(**fields)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_flags_give_the_config_and_tables_share_runs(budget, monkeypatch):
+    args, names, configs = Namespace(budget=budget, seeds=None, amp=None, data_dir="data", dataset=None), {}, {}
+    for table, cells in tables(BUDGETS[budget]).items():
+        for cell, settings in cells.items():
+            run = seed_runs(settings, 1e-3, args)[0]
+            monkeypatch.setattr(sys, "argv", ["train_cifar.py", *run.flags])
+            config = parse_flags(reproduce.Config, "")
+            assert config == reproduce.Config(**run.config) == configs.setdefault(run.name, config)
+            names[(table, *cell)] = run.name
 
-    runs = {config.run for config in configs.values()}
-    layers = len({config.gpsa_layers for (grid, *_), config in configs.items() if grid == "locality"})
-    assert len(runs) == 6 + 8 + 12 + 3 * (layers - 1) - 1  # shared are two with the ablation, and two with locality
-    full, plain = (configs["sample-efficiency", "10%", kind] for kind in ("ConViT", "plain ViT"))
-    assert full == configs["ablation", "full ConViT", "10%"]
-    assert plain == configs["ablation", "plain ViT", "10%"] == configs["locality", "0 GPSA layers", "strength 0.1"]
-    assert full in [config for (grid, *_), config in configs.items() if grid == "locality"]
+    layers = len({row for table, row, _ in names if table == "locality"})
+    assert len(configs) == 6 + 8 + 12 + 3 * (layers - 1) - 1  # two are shared with the ablation, and two with locality
+    full, plain = (names["sample-efficiency", "10%", model] for model in ("ConViT", "plain ViT"))
+    assert full == names["ablation", "full ConViT", "10%"]
+    assert plain == names["ablation", "plain ViT", "10%"] == names["locality", "0 GPSA layers", "strength 0.1"]
+    assert full in [name for (table, *_), name in names.items() if table == "locality"]
 
 
 @pytest.mark.parametrize(
@@ -239,90 +438,110 @@ def test_every_run_is_a_command_and_the_same_runs_are_shared(name, monkeypatch):
         ("plain ViT", None),
     ],
 )
-def test_every_row_of_the_ablation_is_what_it_says(row, expected):
-    """Whether v starts as the identity, the gate, and whether gate and position are trained."""
+def test_model_of_every_ablation(row, expected):
+    """Whether v is initialized as the identity, the gate logit, and whether gates and position are trained."""
     attn = build_model(reproduce.Config(**reproduce.ABLATIONS[row]), 10).blocks[0].attn
     if expected is None:
         assert not isinstance(attn, GPSA)
     else:
-        starts = torch.equal(attn.v.weight, torch.eye(len(attn.v.weight))), attn.gating_param[0].item()
-        assert (*starts, attn.gating_param.requires_grad, attn.pos_proj.weight.requires_grad) == expected
+        initial = torch.equal(attn.v.weight, torch.eye(len(attn.v.weight))), attn.gating_param[0].item()
+        assert (*initial, attn.gating_param.requires_grad, attn.pos_proj.weight.requires_grad) == expected
 
 
-def slow_logits(model: ConViT, image: torch.Tensor, embedding: bool, content: int, position: int) -> torch.Tensor:
-    """The model on one picture from the equations alone, head by head, with parts of it left out."""
+def reference_logits(model: ConViT, image: torch.Tensor, pos_embed: bool, content: int, position: int) -> torch.Tensor:
+    """The model on one image from the equations alone, head by head, with some parts masked."""
     x = model.patch_embed(image[None])[0].permute(1, 2, 0)  # Y X c
     rows, columns, dim = x.shape
-    places = [(y, x) for y in range(rows) for x in range(columns)]
-    steps = [[(key[1] - query[1], key[0] - query[0]) for key in places] for query in places]
-    offsets = torch.tensor([[(dx, dy, dx**2 + dy**2) for dx, dy in line] for line in steps], dtype=torch.float32)
-    x = x.reshape(-1, dim) + (0 if embedding else model.pos_embed[0])
-    for number, block in enumerate(model.blocks):
+    patches = [(y, x) for y in range(rows) for x in range(columns)]
+    deltas = [[(key[1] - query[1], key[0] - query[0]) for key in patches] for query in patches]
+    offsets = torch.tensor([[(dx, dy, dx**2 + dy**2) for dx, dy in row] for row in deltas], dtype=torch.float32)
+    x = x.reshape(-1, dim) + (0 if pos_embed else model.pos_embed[0])
+    for index, block in enumerate(model.blocks):
         gated = isinstance(block.attn, GPSA)
-        if number == model.config.gpsa_layers:
+        if index == model.config.gpsa_layers:
             x = torch.cat([model.cls_token[0], x])
         y = block.norm1(x)
         if gated:
             q, k, v = *block.attn.qk(y).chunk(2, dim=1), block.attn.v(y)
         else:
             q, k, v = block.attn.qkv(y).chunk(3, dim=1)
-        parts, d = [], dim // model.config.num_heads
+        outputs, d = [], dim // model.config.num_heads
         for head in range(model.config.num_heads):
-            own = slice(head * d, (head + 1) * d)
-            weights = (q[:, own] @ k[:, own].T / math.sqrt(d)).softmax(dim=1)
+            channels = slice(head * d, (head + 1) * d)
+            weights = (q[:, channels] @ k[:, channels].T / math.sqrt(d)).softmax(dim=1)
             if gated:
                 scores = offsets @ block.attn.pos_proj.weight[head]
                 gate = block.attn.gating_param[head].sigmoid()
-                gate = 1 if number < content else 0 if number < position else gate
+                gate = 1 if index < content else 0 if index < position else gate
                 weights = (1 - gate) * weights + gate * scores.softmax(dim=1)
-            parts.append(weights @ v[:, own])
-        mixed = torch.cat(parts, dim=1)
-        x = x + block.attn.proj(mixed)
+            outputs.append(weights @ v[:, channels])
+        x = x + block.attn.proj(torch.cat(outputs, dim=1))
         x = x + block.mlp(block.norm2(x))
     return model.head(model.norm(x)[0])
 
 
 @torch.no_grad()
-def test_masking_is_what_a_slow_model_without_those_parts_gives(tree, reproduced, tmp_path):
+def test_masking_matches_the_reference(tree, run_command, tmp_path):
     config = ConViTConfig(img_size=16, patch_size=4, num_classes=2, dim=36, num_heads=9, depth=3, gpsa_layers=2)
     model = perturb(ConViT(config))
-    images = normalise(reproduce.load_pictures("folder", str(tree), 16, torch.device("cpu"))[1].images)
+    images = normalize(load_datasets("folder", str(tree), 16, torch.device("cpu"), 1)[1].images)
     labels = torch.tensor([0] * 10 + [1] * 6)
     logits = model(images)
-    model.head.bias[0] += (logits[:, 1] - logits[:, 0]).median()  # or it would see one class everywhere
+    model.head.bias[0] += (logits[:, 1] - logits[:, 0]).median()  # so that it predicts both classes
 
     def expected(**parts) -> float:
-        parts = {"embedding": False, "content": 0, "position": 0} | parts
-        slow = torch.stack([slow_logits(model, image, **parts) for image in images])
-        torch.testing.assert_close(masked(model, **parts)(images), slow, atol=1e-4, rtol=1e-4)
-        return 100 * (slow.argmax(1) == labels).float().mean().item()
+        parts = {"pos_embed": False, "content": 0, "position": 0} | parts
+        reference = torch.stack([reference_logits(model, image, **parts) for image in images])
+        torch.testing.assert_close(masked(model, **parts)(images), reference, atol=1e-4, rtol=1e-4)
+        return 100 * (reference.argmax(1) == labels).float().mean().item()
 
     (tmp_path / "run/snapshots").mkdir(parents=True)
     save_weights(model, ["bright", "dark"], 3, tmp_path / "run/snapshots/epoch_0003.pt")
-    assert reproduced("masking", "--run", tmp_path / "run", "--data-dir", tree) == ""
+    assert run_command("masking", "--run", tmp_path / "run", "--data-dir", tree) == ""
     record = json.loads(Path("results/reproduce/masking.json").read_text())
-    assert record["position_embedding_masked"] == pytest.approx(expected(embedding=True))
+    assert record["position_embedding_masked"] == pytest.approx(expected(pos_embed=True))
     curves = record["masked_in_first_layers"]
     for part, accuracy in curves.items():
         assert accuracy == pytest.approx([expected(**{part: count}) for count in range(3)])
-    assert len({*curves["content"], *curves["position"]}) > 2  # masking does something here
+    assert len({*curves["content"], *curves["position"]}) > 2  # masking has an effect here
     assert "| 2 |" in Path("results/reproduce/masking.md").read_text()
 
 
-def test_gates_of_a_run_of_the_grid(tree, undisturbed, reproduced):
-    run = undisturbed / "results/reproduce/smoke/runs/data-fraction=1.0_lr=0.001_seed=0"
-    assert reproduced("gates", "--run", run, "--data-dir", tree) == ""
-    record, metrics = json.loads(Path("results/reproduce/gates.json").read_text()), read_metrics(run)
-    places = [(y, x) for y in range(4) for x in range(4)]
-    assert record["uniform"] == pytest.approx(np.mean([math.dist(one, other) for one in places for other in places]))
+def test_real_sweep_and_its_plots(tree, run_command, monkeypatch):
+    """Two real runs of train_cifar.py; then the gates of one of them, and a comparison of both."""
+    cells = {
+        ("100%", "ConViT"): {"data_fraction": 1.0},
+        ("100%", "plain ViT"): {"data_fraction": 1.0, "gpsa_layers": 0},
+    }
+    monkeypatch.setattr(reproduce, "tables", lambda budget: {"sample-efficiency": cells})
+    assert run_command(*FLAGS, tree) == ""
+    names = ["data-fraction=1.0_lr=0.001_seed=0", "data-fraction=1.0_gpsa-layers=0_lr=0.001_seed=0"]
+    runs, records = Path("runs/sweeps/smoke"), records_in(Path())
+    assert list(records) == names
+    for name, record in records.items():
+        assert record == read_run(runs / name)
+        assert [line["step"] for line in record["metrics"]] == [0, 3, 6]
+        assert record["provenance"][0]["torch"] == torch.__version__
+
+    assert run_command("gates", "--run", runs / names[0], "--data-dir", tree) == ""
+    record, metrics = json.loads(Path("results/reproduce/gates.json").read_text()), records[names[0]]["metrics"]
+    patches = [(y, x) for y in range(4) for x in range(4)]
+    assert record["uniform"] == pytest.approx(np.mean([math.dist(one, other) for one in patches for other in patches]))
     assert record["epochs"] == [0, 1, 2]
     assert [heads["gate"] for heads in record["heads"]] == [line["heads"]["gate"] for line in metrics]
     rows = [line for line in Path("results/reproduce/gates.md").read_text().splitlines() if re.match(r"\| \d", line)]
     last = metrics[-1]["heads"]
-    assert len(rows) == 7 and rows[6].split(" | ")[1:4] == ["", "", ""]  # plain
+    assert len(rows) == 7 and rows[6].split(" | ")[1:4] == ["", "", ""]  # plain self-attention
     assert rows[4].startswith(f"| 5 | 0.73 | {np.mean(last['gate'][4]):.2f} | {np.min(last['gate'][4]):.2f} | ")
     assert rows[4].endswith(f" | {np.mean(last['non_locality'][4]):.2f} |")
-    with Image.open("results/reproduce/gates.png") as picture:
-        picture.verify()
-    plain = run.with_name("data-fraction=1.0_gpsa-layers=0_lr=0.001_seed=0")
-    assert "is a plain ViT: it has no gates" in reproduced("gates", "--run", plain, "--data-dir", tree)
+    assert "is a plain ViT: it has no gates" in run_command("gates", "--run", runs / names[1], "--data-dir", tree)
+
+    assert run_command("compare", "results/reproduce/smoke", runs / names[1]) == ""
+    rows = Path("results/reproduce/smoke/README.md").read_text().splitlines()[2:5]
+    for row, name in zip(rows, [names[1], *names], strict=True):
+        accuracy, gates = records[name]["metrics"][-1]["test_accuracy"], records[name]["metrics"][-1]["heads"]["gate"]
+        gate = "" if name == names[1] else f"{np.mean(gates[:5]):.2f}"
+        assert row.startswith(f"| {name} | {accuracy:.1f} | 2 | {gate} | `python train_cifar.py ")
+    for file in ("gates.png", "smoke/compare.png"):
+        with Image.open(Path("results/reproduce") / file) as plot:
+            plot.verify()

@@ -1,4 +1,4 @@
-"""viewer/probe.py: pictures of every kind in, the model's own maps out."""
+"""The viewer's computations: image decoding, attention maps, exported figures, the training queue."""
 
 import base64
 import io
@@ -13,21 +13,22 @@ import torch
 from conftest import DEMO
 from PIL import Image, ImageSequence
 
-from convit_min import ConViT, ConViTConfig, load_weights, normalise
-from pictures import open_picture
-from viewer import trainer
-from viewer.figures import animation
-from viewer.probe import check_upload, open_run, story
+from convit_min import ConViT, ConViTConfig
+from images import load_image, normalize
+from viewer import sessions
+from viewer.export import render_gif
+from viewer.inspector import check_upload, open_run, read_curves
+from weights import load_weights
 
 
 @pytest.fixture(scope="module")
-def probe():
+def inspector():
     return open_run(DEMO)
 
 
 @pytest.fixture
 def photo(tmp_path):
-    """A picture whose left half is dark red and right half light blue, wider than high."""
+    """A landscape image: left half dark red, right half light blue."""
     pixels = np.zeros((60, 100, 3), dtype=np.uint8)
     pixels[:, :50] = (120, 20, 20)
     pixels[:, 50:] = (150, 180, 250)
@@ -35,53 +36,53 @@ def photo(tmp_path):
     return tmp_path / "photo.png"
 
 
-def test_content_maps_are_the_models_to_one_step(probe, photo):
-    picture = probe.picture(photo)
-    raw = np.frombuffer(base64.b64decode(picture["pixels"]), dtype=np.uint8).reshape(32, 32, 3)
+def test_content_maps_match_the_model_to_one_byte(inspector, photo):
+    image = inspector.prepare_image(photo)
+    raw = np.frombuffer(base64.b64decode(image["pixels"]), dtype=np.uint8).reshape(32, 32, 3)
     assert raw[:, :10].mean((0, 1)) == pytest.approx((120, 20, 20), abs=2)
     files = sorted((DEMO / "snapshots").glob("*.pt"))
-    layers = [probe.read_layer(picture["pixels"], layer) for layer in range(len(probe.layers))]
-    for checkpoint in (0, len(files) - 1):
-        record = torch.load(files[checkpoint], weights_only=True)
+    answers = [inspector.layer_maps(image["pixels"], layer) for layer in range(len(inspector.layers))]
+    for snapshot in (0, len(files) - 1):
+        record = torch.load(files[snapshot], weights_only=True)
         model = ConViT(ConViTConfig(**record["model_config"])).eval()
-        load_weights(model, files[checkpoint])
+        load_weights(model, files[snapshot])
         with torch.no_grad():
-            logits, attention = model(normalise(torch.tensor(raw).permute(2, 0, 1)[None]), return_attention=True)
-        for layer, read in enumerate(layers):
+            logits, attention = model(normalize(torch.tensor(raw).permute(2, 0, 1)[None]), return_attention=True)
+        for layer, answer in enumerate(answers):
             content = attention[layer].content[0]
-            sent = np.frombuffer(base64.b64decode(read["content"][checkpoint]), dtype=np.uint8)
-            peak = torch.tensor(read["peaks"][checkpoint])[:, None, None]
-            error = (torch.tensor(sent).view_as(content) / 255 * peak - content).abs() / peak
+            quantized = np.frombuffer(base64.b64decode(answer["content"][snapshot]), dtype=np.uint8)
+            peak = torch.tensor(answer["peaks"][snapshot])[:, None, None]
+            error = (torch.tensor(quantized).view_as(content) / 255 * peak - content).abs() / peak
             assert error.max() <= 0.5 / 255 + 1e-6
-            name, share, same = read["classes"][checkpoint][0]
-            assert share == same
+            name, before, after = answer["predictions"][snapshot][0]
+            assert before == after
             assert name == record["classes"][logits.argmax()]
-            assert share == pytest.approx(logits.softmax(1).max().item(), abs=1e-3)
+            assert before == pytest.approx(logits.softmax(1).max().item(), abs=1e-3)
 
 
-def test_description_is_of_the_run(probe):
-    description = json.loads(json.dumps(probe.description()))
+def test_description_matches_the_run(inspector):
+    description = json.loads(json.dumps(inspector.describe()))
     metrics = [json.loads(line) for line in (DEMO / "metrics.jsonl").read_text().splitlines()]
     assert description["epochs"][0] == 0 and len(description["epochs"]) >= 8
     assert description["kernel"] == [3, 3] and description["grid"] == [8, 8]
-    assert description["story"]["test_accuracy"] == [line["test_accuracy"] for line in metrics]
-    assert description["story"]["train_loss"][0] is None  # epoch 0 is before training
-    assert description["finished"] and story(DEMO / "snapshots", "") is None
+    assert description["curves"]["test_accuracy"] == [record["test_accuracy"] for record in metrics]
+    assert description["curves"]["train_loss"][0] is None  # epoch 0 is before training
+    assert description["finished"] and read_curves(DEMO / "snapshots", "") is None
     np.testing.assert_allclose(description["gate"][-1][0], metrics[-1]["heads"]["gate"][0], atol=2e-3)
     np.testing.assert_allclose(np.array(description["v_pos"][0])[:, :, 2], -1)
 
 
-def test_what_the_panel_may_not_ask(probe, photo):
-    pixels = probe.picture(photo)["pixels"]
-    for asked in ((pixels, 99), (pixels, -1), (pixels, 1.0), (pixels[:400], 0)):
+def test_layer_maps_reject_invalid_arguments(inspector, photo):
+    pixels = inspector.prepare_image(photo)["pixels"]
+    for arguments in ((pixels, 99), (pixels, -1), (pixels, 1.0), (pixels[:400], 0)):
         with pytest.raises(ValueError, match="expected 32 x 32 pixels"):
-            probe.read_layer(*asked)
+            inspector.layer_maps(*arguments)
 
 
-@pytest.mark.parametrize("kind", ["grey", "palette", "rgba", "cmyk", "16 bit", "animated", "rotated", "tiny", "long"])
-def test_every_kind_of_picture_opens_upright_in_rgb(kind, photo, tmp_path):
+@pytest.mark.parametrize("kind", ["gray", "palette", "rgba", "cmyk", "16 bit", "animated", "rotated", "tiny", "long"])
+def test_load_image_returns_upright_rgb(kind, photo, tmp_path):
     original, file = Image.open(photo), tmp_path / f"{kind}.png"
-    if kind == "grey":
+    if kind == "gray":
         original.convert("L").save(file)
     elif kind == "palette":
         original.convert("P").save(file)
@@ -99,29 +100,29 @@ def test_every_kind_of_picture_opens_upright_in_rgb(kind, photo, tmp_path):
     elif kind == "rotated":
         file = file.with_suffix(".jpg")
         exif = Image.Exif()
-        exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees to show
+        exif[0x0112] = 6  # orientation: rotate by 90 degrees to display
         original.rotate(90, expand=True).save(file, exif=exif, quality=95)
     else:
         original.resize((1, 1) if kind == "tiny" else (2000, 3)).save(file)
-    picture = open_picture(file)
-    assert picture.mode == "RGB"
+    image = load_image(file)
+    assert image.mode == "RGB"
     if kind in ("palette", "cmyk", "animated", "rotated", "long"):
-        left, right = (np.array(picture)[:, part].mean((0, 1)) for part in (slice(0, 30), slice(-30, None)))
+        left, right = (np.array(image)[:, columns].mean((0, 1)) for columns in (slice(0, 30), slice(-30, None)))
         assert left[0] > left[2] + 50 and right[2] > right[0] + 50
     elif kind == "rgba":
-        assert np.array(picture).min() == 255  # transparent is white
-    elif kind in ("grey", "16 bit"):
+        assert np.array(image).min() == 255  # transparent becomes white
+    elif kind in ("gray", "16 bit"):
         expected = np.asarray(Image.open(photo).convert("L"))
-        assert np.abs(np.asarray(picture)[..., 0].astype(int) - expected).max() <= 1
+        assert np.abs(np.asarray(image)[..., 0].astype(int) - expected).max() <= 1
 
 
-def test_no_picture_gives_the_visitor_one_sentence(probe, tmp_path, photo):
-    (tmp_path / "text.png").write_text("no picture")
+def test_unusable_uploads_raise_one_sentence(inspector, tmp_path, photo):
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:100])
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("text", "cut", "empty"):
-        with pytest.raises(ValueError, match="cannot be read as a picture; please"):
-            probe.picture(tmp_path / f"{name}.png")
+        with pytest.raises(ValueError, match="cannot be read as an image; please"):
+            inspector.prepare_image(tmp_path / f"{name}.png")
     for name, size in (("huge", (5001, 4000)), ("bomb", (40_000, 40_000))):
         Image.new("1", size).save(tmp_path / f"{name}.png")
         with pytest.raises(ValueError, match="20 million pixels; please"):
@@ -131,8 +132,8 @@ def test_no_picture_gives_the_visitor_one_sentence(probe, tmp_path, photo):
         check_upload((tmp_path / "heavy.png").read_bytes())
 
 
-def test_folders_that_hold_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no snapshots"):
+def test_open_run_rejects_missing_and_damaged_snapshots(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no snapshots"):
         open_run(tmp_path)
     shutil.copytree(DEMO, tmp_path / "run")
     file = sorted((tmp_path / "run" / "snapshots").iterdir())[1]
@@ -141,56 +142,61 @@ def test_folders_that_hold_no_run(tmp_path):
         open_run(tmp_path / "run")
 
 
-def test_the_figure_of_a_layer_moves_and_keeps_its_size(probe, photo):
-    with Image.open(io.BytesIO(animation(probe, probe.picture(photo), 4, 0))) as moving:
-        frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(moving)]
-    assert len(frames) == len(probe.epochs)
-    assert all(np.abs(one - other).mean() > 0.3 for one, other in pairwise(frames))
+def test_gif_has_one_distinct_frame_per_snapshot(inspector, photo):
+    gif = render_gif(inspector, inspector.prepare_image(photo), 4, 0)
+    with Image.open(io.BytesIO(gif)) as animation:
+        frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(animation)]
+    assert len(frames) == len(inspector.epochs)
+    assert all(np.abs(frame - following).mean() > 0.3 for frame, following in pairwise(frames))
 
 
-def test_visitors_train_in_turn_and_those_who_leave_lose_their_place(tmp_path, monkeypatch):
-    script = tmp_path / "train.py"  # takes the place of train_cifar.py: it writes a line of metrics, and stays
+def test_training_queue_is_fair_and_drops_absent_sessions(tmp_path, monkeypatch):
+    script = tmp_path / "train.py"  # stands in for train_cifar.py: writes one record, then waits
     script.write_text("""
 import pathlib, sys, time
 run = pathlib.Path(sys.argv[sys.argv.index("--run") + 1])
 run.mkdir()
 (run / "metrics.jsonl").write_text('{"epoch": 0}\\n')
-while not (run / "enough").exists(): time.sleep(0.02)
+while not (run / "finish").exists(): time.sleep(0.02)
 """)
-    monkeypatch.setattr(trainer, "SCRIPT", script)
-    line = trainer.Trainer()
+    monkeypatch.setattr(sessions, "SCRIPT", script)
+    training_queue = sessions.TrainingQueue()
 
-    def wait(visitor: str, state: str):
+    def wait_for(session: str, state: str):
         deadline = time.monotonic() + 20
-        while (standing := line.ask(visitor, "look"))["state"] != state or standing.get("epoch", 0) < 0:
-            assert time.monotonic() < deadline, standing
+        while (status := training_queue.handle(session, "status"))["state"] != state or status.get("epoch", 0) < 0:
+            assert time.monotonic() < deadline, status
             time.sleep(0.02)
 
+    def finish(session: str):
+        (training_queue.run_dir(session) / "finish").touch()
+        wait_for(session, "done")
+
     try:
-        assert line.ask("anna", "look") == {"state": "idle"}
-        line.ask("anna", "start")
-        wait("anna", "training")
-        assert line.ask("anna", "start")["state"] == "training"  # a second click changes nothing
-        assert line.ask("bert", "start") == {"state": "waiting", "place": 1}
-        assert line.ask("carl", "start") == {"state": "waiting", "place": 2}
-        process = line.process
-        line.ask("anna", "stop")
-        assert process.poll() is not None and line.ask("anna", "look")["state"] == "done"
-        wait("bert", "training")
-        line.heard["bert"] -= trainer.PATIENCE + 1  # bert has closed the page
-        wait("carl", "training")
-        (line.run("carl") / "enough").touch()
-        wait("carl", "done")
-        for visitor in ("d", "e", "f"):
-            line.ask(visitor, "start")
-            wait(visitor, "training")
-            (line.run(visitor) / "enough").touch()
-            wait(visitor, "done")
-        assert len(list(line.folder.iterdir())) == trainer.KEPT and not line.run("anna").exists()
-        assert [line.ask(f"v{n}", "start")["state"] for n in range(trainer.LONGEST_LINE + 1)][-1] == "full"
+        assert training_queue.handle("anna", "status") == {"state": "idle"}
+        training_queue.handle("anna", "start")
+        wait_for("anna", "training")
+        assert training_queue.handle("anna", "start")["state"] == "training"  # a second click changes nothing
+        assert training_queue.handle("bert", "start") == {"state": "waiting", "position": 1}
+        assert training_queue.handle("carl", "start") == {"state": "waiting", "position": 2}
+        process = training_queue.process
+        training_queue.handle("anna", "stop")
+        assert process.poll() is not None and training_queue.handle("anna", "status")["state"] == "done"
+        wait_for("bert", "training")
+        training_queue.last_seen["bert"] -= sessions.CLIENT_TIMEOUT + 1  # bert has closed the page
+        wait_for("carl", "training")
+        finish("carl")
+        for session in ("d", "e", "f"):
+            training_queue.handle(session, "start")
+            wait_for(session, "training")
+            finish(session)
+        kept = list(training_queue.folder.iterdir())
+        assert len(kept) == sessions.MAX_KEPT_RUNS and not training_queue.run_dir("anna").exists()
+        states = [training_queue.handle(f"s{n}", "start")["state"] for n in range(sessions.MAX_QUEUE_LENGTH + 1)]
+        assert states[-1] == "full"
         with pytest.raises(ValueError, match="letters and digits"):
-            line.ask("../../home", "start")
+            training_queue.handle("../../home", "start")
     finally:
-        process = line.process
-        line.close()
-    assert process.poll() is not None and not line.folder.exists()
+        process = training_queue.process
+        training_queue.close()
+    assert process.poll() is not None and not training_queue.folder.exists()

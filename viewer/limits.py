@@ -1,25 +1,25 @@
-"""What the server of the page does not even read."""
+"""Rejects requests to the viewer before their body is read."""
 
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-LARGEST = 15 * 2**20  # bytes of a request: a picture of 10 MB in base64, and a little
+MAX_REQUEST_BYTES = 15 * 2**20  # an image of 10 MB in base64, with some margin
 
 
-class Guard:
-    """ASGI middleware that refuses large requests, and files for Gradio's cache, which this page does not use."""
+class RequestLimitMiddleware:
+    """ASGI middleware that rejects large requests and uploads to Gradio's file cache, which the viewer does not use."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
-        refusal = None
+        rejection = None
         if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             length = dict(scope["headers"]).get(b"content-length", b"")
             if not length.isdigit():
-                refusal = PlainTextResponse("Please say how long the request is.", 411)
-            elif int(length) > LARGEST:
-                refusal = PlainTextResponse("This request is too large.", 413)
+                rejection = PlainTextResponse("Content-Length required.", 411)
+            elif int(length) > MAX_REQUEST_BYTES:
+                rejection = PlainTextResponse("Request too large.", 413)
             elif scope["path"].rstrip("/").endswith("/upload"):
-                refusal = PlainTextResponse("This page takes no files but pictures to look at.", 403)
-        await (refusal or self.app)(scope, receive, send)
+                rejection = PlainTextResponse("File uploads are disabled.", 403)
+        await (rejection or self.app)(scope, receive, send)

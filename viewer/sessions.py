@@ -1,4 +1,4 @@
-"""Training runs that visitors of the page start: train_cifar.py on generated patterns, one at a time, others wait."""
+"""Training runs that users start on the page: train_cifar.py on synthetic patterns, one run at a time."""
 
 import os
 import shutil
@@ -12,104 +12,106 @@ from threading import RLock
 from analysis import read_metrics
 
 SCRIPT = Path(__file__).parent.parent / "train_cifar.py"
-EPOCHS = 7  # of 75 steps; the heads turn, and the patterns are learned, in the third and the fourth
-RECIPE = ["--dataset", "patterns", "--epoch-steps", "75", "--batch-size", "32", "--shift", "0", "--no-flip"]
-KEPT = 4  # finished runs; about 35 MB each
-LONGEST_LINE = 20
-PATIENCE = 150  # seconds without a word from a visitor; browsers wake pages in the background once a minute
+EPOCHS = 7  # of 75 steps; gates and accuracy change most in epochs 3 and 4
+RECIPE = ["--dataset", "patterns", "--steps-per-epoch", "75", "--batch-size", "32", "--crop-padding", "0",
+          "--no-hflip", "--device", "cpu"]  # fmt: skip
+MAX_KEPT_RUNS = 4  # finished runs, about 35 MB each
+MAX_QUEUE_LENGTH = 20
+CLIENT_TIMEOUT = 150  # seconds without a request; browsers wake background tabs once a minute
 
 
-class Trainer:
-    """A line of visitors, of whom the first has a training process. Ask it every second or so: it moves when asked."""
+class TrainingQueue:
+    """Sessions waiting to train; the first one trains in a subprocess. Every call to `handle` advances the queue."""
 
     def __init__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="convit-page-"))
-        self.line: list[str] = []
-        self.heard: dict[str, float] = {}  # when a visitor last asked
-        self.process: subprocess.Popen | None = None  # of the first in line
+        self.folder = Path(tempfile.mkdtemp(prefix="convit-viewer-"))
+        self.queue: list[str] = []
+        self.last_seen: dict[str, float] = {}  # monotonic time of a session's last request
+        self.process: subprocess.Popen | None = None  # of the first session in the queue
         self.started = 0.0
         self.lock = RLock()
 
-    def ask(self, visitor: str, wish: str) -> dict:
-        """Take a visitor's wish to "start", "look" or "stop", and tell how it stands for them.
+    def handle(self, session: str, action: str) -> dict:
+        """Apply a session's action ("start", "stop" or "status") and return its status.
 
-        `state` is "idle", "full", "waiting" (with their `place`), "training", "done" or "failed"; from "training" on
-        with `epoch`, `epochs` and the `seconds` that are left, about.
+        The status has a `state`: "idle", "full", "waiting" (with `position`, the number of sessions ahead), "training"
+        (with `seconds_left`, or None), "done" or "failed". "training" and "done" also have `epoch` and `epochs`.
         """
-        run = self.run(visitor)
+        run_dir = self.run_dir(session)
         with self.lock:
-            if wish == "start" and visitor not in self.line:
-                if len(self.line) >= LONGEST_LINE:
-                    return self._standing(visitor) | {"state": "full"}  # an earlier run of theirs is still there
-                shutil.rmtree(run, ignore_errors=True)
-                self.line.append(visitor)
-            elif wish == "stop" and visitor in self.line:
-                self._leave(visitor)
-            if visitor in self.line:
-                self.heard[visitor] = time.monotonic()
-            self._move()
-            return self._standing(visitor)
+            if action == "start" and session not in self.queue:
+                if len(self.queue) >= MAX_QUEUE_LENGTH:
+                    return self._status(session) | {"state": "full"}  # keeps the session's earlier run
+                shutil.rmtree(run_dir, ignore_errors=True)
+                self.queue.append(session)
+            elif action == "stop" and session in self.queue:
+                self._remove(session)
+            if session in self.queue:
+                self.last_seen[session] = time.monotonic()
+            self._advance_queue()
+            return self._status(session)
 
-    def run(self, visitor: str) -> Path:
-        """The run folder of a visitor. Raises ValueError for what is no name."""
-        if not (isinstance(visitor, str) and visitor.isalnum() and len(visitor) <= 40):
-            raise ValueError("a visitor has a short name of letters and digits")
-        return self.folder / visitor
+    def run_dir(self, session: str) -> Path:
+        """Run folder of a session. Raises ValueError for an invalid session id."""
+        if not (isinstance(session, str) and session.isalnum() and len(session) <= 40):
+            raise ValueError("a session id has up to 40 letters and digits")
+        return self.folder / session
 
     def close(self):
-        """End what runs, and remove all runs."""
+        """Stop training and delete all runs."""
         with self.lock:
-            self._end_process()
+            self._stop_process()
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _move(self):
+    def _advance_queue(self):
         now = time.monotonic()
-        for visitor in [other for other in self.line if now - self.heard[other] > PATIENCE]:
-            self._leave(visitor)
+        for session in list(self.queue):
+            if now - self.last_seen[session] > CLIENT_TIMEOUT:
+                self._remove(session)
         if self.process and self.process.poll() is not None:
             self.process = None
-            self._leave(self.line[0])
-        if self.line and not self.process:
-            run = self.run(self.line[0])
-            command = ["nice", sys.executable, SCRIPT, *RECIPE, "--epochs", str(EPOCHS), "--run", run]
-            quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            polite = os.environ | {"OMP_WAIT_POLICY": "passive"}  # threads that wait leave the cores to the page
-            self.process, self.started = subprocess.Popen(command, cwd=self.folder, env=polite, **quiet), time.time()
+            self._remove(self.queue[0])
+        if self.queue and not self.process:
+            self._start_process(self.run_dir(self.queue[0]))
 
-    def _leave(self, visitor: str):
-        if visitor == self.line[0]:
-            self._end_process()
-        self.line.remove(visitor)
-        self.heard.pop(visitor, None)
-        self._forget_old()
+    def _start_process(self, run_dir: Path):
+        command = ["nice", sys.executable, SCRIPT, *RECIPE, "--epochs", str(EPOCHS), "--run", run_dir]
+        env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # idle threads leave the cores to the server
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        self.started = time.time()
+        self.process = subprocess.Popen(command, cwd=self.folder, env=env, **quiet)
 
-    def _end_process(self):
+    def _stop_process(self):
         if self.process:
             self.process.kill()
             self.process.wait()
             self.process = None
 
-    def _forget_old(self):
-        ended = [run for run in self.folder.iterdir() if run.name not in self.line]
-        for run in sorted(ended, key=lambda run: run.stat().st_mtime)[:-KEPT]:
+    def _remove(self, session: str):
+        if session == self.queue[0]:
+            self._stop_process()
+        self.queue.remove(session)
+        self.last_seen.pop(session, None)
+        finished = [run for run in self.folder.iterdir() if run.name not in self.queue]
+        for run in sorted(finished, key=lambda run: run.stat().st_mtime)[:-MAX_KEPT_RUNS]:
             shutil.rmtree(run, ignore_errors=True)
 
-    def _standing(self, visitor: str) -> dict:
-        if visitor in self.line[1:]:
-            return {"state": "waiting", "place": self.line.index(visitor)}
-        run = self.run(visitor)
-        metrics = run / "metrics.jsonl"
-        done = len(read_metrics(run)) if metrics.exists() else 0  # the first line is of epoch 0, before training
-        progress = {"epoch": done - 1, "epochs": EPOCHS}
-        if visitor in self.line:
-            return {"state": "training", "seconds": self._seconds_left(metrics, done)} | progress
-        if done == 0:
-            return {"state": "failed" if run.exists() else "idle"}
+    def _status(self, session: str) -> dict:
+        if session in self.queue[1:]:
+            return {"state": "waiting", "position": self.queue.index(session)}
+        run_dir = self.run_dir(session)
+        metrics = run_dir / "metrics.jsonl"
+        records = len(read_metrics(run_dir)) if metrics.exists() else 0  # the first is of epoch 0, before training
+        progress = {"epoch": records - 1, "epochs": EPOCHS}
+        if session in self.queue:
+            return {"state": "training", "seconds_left": self._seconds_left(metrics, records)} | progress
+        if records == 0:
+            return {"state": "failed" if run_dir.exists() else "idle"}
         return {"state": "done"} | progress
 
-    def _seconds_left(self, metrics: Path, done: int) -> int | None:
-        if done < 2:
-            return None  # starting took longer than an epoch will
-        written = metrics.stat().st_mtime
-        left = (written - self.started) / done * (EPOCHS + 1 - done) - (time.time() - written)
+    def _seconds_left(self, metrics: Path, records: int) -> int | None:
+        if records < 2:
+            return None  # startup takes longer than an epoch
+        last_epoch = metrics.stat().st_mtime
+        left = (last_epoch - self.started) / records * (EPOCHS + 1 - records) - (time.time() - last_epoch)
         return max(round(left), 0)

@@ -1,131 +1,136 @@
-// What the controls do, and the hand on the picture, the heads, the charts.
+// Event handlers of the controls, the image, the heads and the charts.
 
-function buildForRun() {
-  find(".layer").innerHTML = run.layers.map((layer, index) => `<option value="${index}">${layer + 1}</option>`).join("");
+function buildForModel() {
+  find(".layer").innerHTML = model.layers.map((layer, index) => `<option value="${index}">${layer + 1}</option>`).join("");
   find(".layer").value = state.layer;
-  find(".checkpoint").max = run.epochs.length - 1;
-  for (const part of [".time", ".save-moving"]) find(part).classList.toggle("absent-always", run.finished && run.epochs.length === 1);
-  find(".examples").innerHTML = run.examples.map(({ name, thumb }) =>
-    `<button type="button" data-example="${escape(name)}"><img src="${thumb}" alt="${escape(name)}" width="48" height="48"></button>`).join("");
-  find(".help-model").textContent = `On show: ${run.name}, ${run.layers.length} layers of ${heads} heads, ${run.grid[0]} × ${run.grid[1]} patches, ${run.classes.length} classes.`;
-  if (cards.length !== heads || find(".heads canvas").width !== run.grid[1]) buildCards();
+  find(".snapshot").max = model.epochs.length - 1;
+  for (const selector of [".time", ".save-gif"]) find(selector).classList.toggle("unavailable", model.finished && model.epochs.length === 1);
+  find(".examples").innerHTML = model.examples.map(({ name, thumbnail }) =>
+    `<button type="button" data-example="${escapeHtml(name)}"><img src="${thumbnail}" alt="${escapeHtml(name)}" width="48" height="48"></button>`).join("");
+  const more = model.classes.length > 12 ? ` and ${model.classes.length - 12} more` : "";
+  find(".classes").textContent = `Classes: ${model.classes.slice(0, 12).join(", ")}${more}.`;
+  find(".model-summary").textContent = `Model: ${model.name}, ${model.layers.length} layers with gates, ${numHeads} heads per layer, ${model.grid[0]} × ${model.grid[1]} patches, ${model.classes.length} classes.`;
+  if (cards.length !== numHeads || find(".heads canvas").width !== model.grid[1]) buildCards();
 }
 
 function patchAt(event) {
-  const [rows, columns] = run.grid;
-  const box = find(".picture").getBoundingClientRect();
-  const along = (client, edge, length, count) => Math.max(0, Math.min(count - 1, Math.floor(((client - edge) / length) * count)));
-  return along(event.clientY, box.top, box.height, rows) * columns + along(event.clientX, box.left, box.width, columns);
+  const [rows, columns] = model.grid;
+  const box = find(".image").getBoundingClientRect();
+  const indexAt = (fraction, count) => Math.max(0, Math.min(count - 1, Math.floor(fraction * count)));
+  return indexAt((event.clientY - box.top) / box.height, rows) * columns + indexAt((event.clientX - box.left) / box.width, columns);
 }
 
-function hold(held) {
-  state.held = held;
-  find(".picture-hint").textContent = held ? "Held; click this patch again to let go." : "Move over the picture, or tap it; a click holds a patch.";
-  find(".picture").classList.toggle("held", held);
-  writeAddress();
+function setLocked(locked) {
+  state.locked = locked;
+  find(".image-hint").textContent = locked ? "Locked; click this patch again to unlock it." : "Hover or tap to move the query patch; click to lock it.";
+  find(".image").classList.toggle("locked", locked);
+  writeUrl();
 }
 
-function onPicture() {
-  const canvas = find(".picture");
-  canvas.addEventListener("pointermove", (event) => { if (!state.held && event.pointerType !== "touch") moveQuery(patchAt(event)); });
+function bindImage() {
+  const canvas = find(".image");
+  canvas.addEventListener("pointermove", (event) => {
+    if (!state.locked && event.pointerType !== "touch") moveQuery(patchAt(event));
+  });
   canvas.addEventListener("click", (event) => {
     const query = patchAt(event);
-    hold(!(state.held && query === state.query));
+    setLocked(!(state.locked && query === state.query));
     moveQuery(query);
   });
   canvas.addEventListener("keydown", (event) => {
     const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-    if (event.key === "Enter" || event.key === " ") hold(!state.held);
-    else if (!move) return;
-    event.preventDefault();
+    const isToggle = event.key === "Enter" || event.key === " ";
+    if (isToggle) setLocked(!state.locked);
+    if (isToggle || move) event.preventDefault();
     if (!move) return;
-    const [x, y] = [(state.query % run.grid[1]) + move[0], Math.floor(state.query / run.grid[1]) + move[1]];
-    if (x < 0 || x >= run.grid[1] || y < 0 || y >= run.grid[0]) return;
-    moveQuery(y * run.grid[1] + x);
-    find(".spoken").textContent = `row ${y + 1}, column ${x + 1}`;
+    const [x, y] = [(state.query % model.grid[1]) + move[0], Math.floor(state.query / model.grid[1]) + move[1]];
+    if (x < 0 || x >= model.grid[1] || y < 0 || y >= model.grid[0]) return;
+    moveQuery(y * model.grid[1] + x);
+    find(".screen-reader").textContent = `row ${y + 1}, column ${x + 1}`;
   });
 }
 
-function onFiles() {
+function bindUploads() {
+  const show = (files) => { if (files[0]) showImage(null, files[0]); };
+  const highlight = (dragging) => find(".viewer").classList.toggle("dragging", dragging);
   find(".file").addEventListener("change", (event) => {
-    if (event.target.files[0]) showPicture(null, event.target.files[0]);
+    show(event.target.files);
     event.target.value = ""; // so that the same file can be chosen again
   });
   find(".examples").addEventListener("click", (event) => {
     const button = event.target.closest("button");
-    if (button) showPicture(button.dataset.example);
+    if (button) showImage(button.dataset.example);
   });
   const page = element.ownerDocument;
-  page.addEventListener("dragover", (event) => { event.preventDefault(); find(".panel").classList.add("dragging"); });
-  page.addEventListener("dragleave", (event) => { if (!event.relatedTarget) find(".panel").classList.remove("dragging"); });
-  page.addEventListener("drop", (event) => {
-    event.preventDefault();
-    find(".panel").classList.remove("dragging");
-    if (event.dataTransfer.files[0]) showPicture(null, event.dataTransfer.files[0]);
-  });
-  page.addEventListener("paste", (event) => { if (event.clipboardData.files[0]) showPicture(null, event.clipboardData.files[0]); });
+  page.addEventListener("dragover", (event) => { event.preventDefault(); highlight(true); });
+  page.addEventListener("dragleave", (event) => { if (!event.relatedTarget) highlight(false); });
+  page.addEventListener("drop", (event) => { event.preventDefault(); highlight(false); show(event.dataTransfer.files); });
+  page.addEventListener("paste", (event) => show(event.clipboardData.files));
 }
 
-function onHeads() {
-  const headOf = (event) => { const card = event.target.closest("[data-head]"); return card ? Number(card.dataset.head) : null; };
-  const side = find(".heads");
-  side.addEventListener("pointerover", (event) => paintChoice(headOf(event)));
-  side.addEventListener("pointerleave", () => paintChoice());
-  side.addEventListener("click", (event) => {
-    if (event.target.closest(".gate") || headOf(event) === null) return;
-    state.head = state.head === headOf(event) ? null : headOf(event);
-    paint();
+function bindHeads() {
+  const headAt = (event) => { const card = event.target.closest("[data-head]"); return card && Number(card.dataset.head); };
+  const heads = find(".heads");
+  heads.addEventListener("pointerover", (event) => drawSelection(headAt(event)));
+  heads.addEventListener("pointerleave", () => drawSelection());
+  heads.addEventListener("click", (event) => {
+    const head = headAt(event);
+    if (event.target.closest(".gate") || head === null) return;
+    state.head = state.head === head ? null : head;
+    draw();
   });
-  side.addEventListener("input", (event) => {
-    setGate(state.layer, headOf(event), Number(event.target.value));
-    paint();
+  heads.addEventListener("input", (event) => {
+    setGate(state.layer, headAt(event), Number(event.target.value));
+    draw();
   });
-  find(".wall").addEventListener("click", (event) => {
-    const cell = event.target.closest(".cell");
-    if (!cell) return;
-    go({ layer: Number(cell.dataset.layer), head: Number(cell.dataset.cell) });
-  });
-  find(".wall").addEventListener("keydown", (event) => {
-    const move = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -heads, ArrowDown: heads }[event.key];
-    const cells = [...findAll(".wall .cell")];
-    const next = cells[cells.indexOf(event.target) + (move ?? NaN)];
-    if (move) event.preventDefault();
-    next?.focus();
-  });
-  find(".wall").addEventListener("pointerover", (event) => {
-    const cell = event.target.closest(".cell");
-    paintChoice(cell && Number(cell.dataset.layer) === state.layer ? Number(cell.dataset.cell) : null);
-  });
-  find(".wall").addEventListener("pointerleave", () => paintChoice());
-  find(".kinds").innerHTML = Object.entries(KINDS).map(([kind, word]) => `<button type="button" data-kind="${kind}" aria-pressed="${kind === "mixed"}">${word}</button>`).join("");
-  find(".heads").dataset.kind = "mixed";
+  find(".kinds").innerHTML = KINDS.map((kind) => `<button type="button" data-kind="${kind}" aria-pressed="${kind === "mixed"}">${kind}</button>`).join("");
   find(".kinds").addEventListener("click", (event) => {
     const { kind } = event.target.dataset;
     if (!kind) return;
-    find(".heads").dataset.kind = kind;
+    heads.dataset.kind = kind;
     for (const button of findAll(".kinds button")) button.setAttribute("aria-pressed", button.dataset.kind === kind);
   });
 }
 
-function onCharts() {
+function bindHeatmap() {
+  const heatmap = find(".gate-heatmap");
+  heatmap.addEventListener("click", (event) => {
+    const cell = event.target.closest(".cell");
+    if (cell) navigate({ layer: Number(cell.dataset.layer), head: Number(cell.dataset.cell) });
+  });
+  heatmap.addEventListener("keydown", (event) => {
+    const move = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -numHeads, ArrowDown: numHeads }[event.key];
+    if (!move) return;
+    const cells = [...findAll(".gate-heatmap .cell")];
+    event.preventDefault();
+    cells[cells.indexOf(event.target) + move]?.focus();
+  });
+  heatmap.addEventListener("pointerover", (event) => {
+    const cell = event.target.closest(".cell");
+    drawSelection(cell && Number(cell.dataset.layer) === state.layer ? Number(cell.dataset.cell) : null);
+  });
+  heatmap.addEventListener("pointerleave", () => drawSelection());
+}
+
+function bindCharts() {
   element.addEventListener("click", (event) => {
     const epoch = epochAt(event);
-    if (epoch !== null) { stop(); showCheckpoint(nearestCheckpoint(epoch)); }
+    if (epoch !== null) { stop(); showSnapshot(nearestSnapshot(epoch)); }
   });
   element.addEventListener("pointerover", (event) => {
-    if (event.target.dataset?.curve) paintChoice(Number(event.target.dataset.curve));
-    else if (event.target.closest("svg[data-last]")) paintChoice();
+    if (event.target.dataset?.curve) drawSelection(Number(event.target.dataset.curve));
+    else if (event.target.closest("svg[data-last-epoch]")) drawSelection();
   });
 }
 
-function onTabs() {
+function bindTabs() {
   const tabs = [...findAll("[role=tab]")];
   for (const [index, tab] of tabs.entries()) {
     tab.addEventListener("click", () => showTab(tab.dataset.tab));
     tab.addEventListener("keydown", (event) => {
-      const wanted = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: -1 }[event.key];
-      if (wanted === undefined) return;
-      const other = tabs[(wanted + tabs.length) % tabs.length];
+      const target = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: -1 }[event.key];
+      if (target === undefined) return;
+      const other = tabs[(target + tabs.length) % tabs.length];
       event.preventDefault();
       other.focus();
       showTab(other.dataset.tab);
@@ -133,39 +138,32 @@ function onTabs() {
   }
 }
 
-function onControls() {
-  const on = (selector, kind, act) => find(selector).addEventListener(kind, act);
-  on(".layer", "change", (event) => go({ layer: Number(event.target.value) }));
-  on(".runs", "change", (event) => showRun(event.target.value));
-  on(".checkpoint", "input", (event) => { stop(); showCheckpoint(Number(event.target.value)); });
+function bindControls() {
+  const on = (selector, type, handler) => find(selector).addEventListener(type, handler);
+  on(".layer", "change", (event) => navigate({ layer: Number(event.target.value) }));
+  on(".models", "change", (event) => showRun(event.target.value));
+  on(".snapshot", "input", (event) => { stop(); showSnapshot(Number(event.target.value)); });
   on(".play", "click", play);
   on(".step", "click", () => { stop(); step(); });
-  on(".reset", "click", () => { stop(); showCheckpoint(0); });
-  for (const selector of [".same-scale", ".as-seen", ".overlay", ".opacity"]) on(selector, "input", paintQuery);
-  on(".mass", "input", (event) => { find(".mass-share").textContent = `${Math.round(100 * event.target.value)}%`; paintQuery(); });
+  on(".reset", "click", () => { stop(); showSnapshot(0); });
+  for (const selector of [".same-scale", ".show-input", ".overlay", ".opacity"]) on(selector, "input", drawQuery);
+  on(".mass", "input", (event) => { find(".mass-percent").textContent = `${Math.round(100 * event.target.value)}%`; drawQuery(); });
   on(".all-gates", "input", (event) => setAllGates(Number(event.target.value)));
   on(".recompute", "click", recompute);
-  on(".undo", "click", () => {
-    state.gates.clear();
-    forgetAnswer();
-    paint();
-    find(".all-gates").value = find(".all-gates").defaultValue;
-    find(".all-gates").focus();
-  });
-  on(".save-view", "click", () => saveFigure(false));
-  on(".save-moving", "click", () => saveFigure(true));
-  on(".save-gates", "click", saveGates);
-  on(".train", "click", trainAnew);
+  on(".reset-gates", "click", resetGates);
+  on(".save-png", "click", () => saveFigure(false));
+  on(".save-gif", "click", () => saveFigure(true));
+  on(".save-csv", "click", saveGates);
+  on(".train", "click", startTraining);
   on(".train-stop", "click", () => train("stop"));
   for (const name of ["right", "down", "strength"]) on(`.${name}`, "input", (event) => setKernel({ [name]: Number(event.target.value) }));
   on(".kernel-map", "pointerdown", (event) => { event.target.setPointerCapture(event.pointerId); dragKernel(event); });
   on(".kernel-map", "pointermove", (event) => { if (event.buttons) dragKernel(event); });
-  on(".take", "click", takeHead);
+  on(".copy-head", "click", copyHead);
   find(".taps").innerHTML = [-1, 0, 1].flatMap((down) => [-1, 0, 1].map((right) =>
     `<button type="button" data-right="${right}" data-down="${down}" aria-label="tap ${right} right, ${down} down">${"↖↑↗←•→↙↓↘"[3 * (down + 1) + right + 1]}</button>`)).join("");
   on(".taps", "click", (event) => {
     const { right, down } = event.target.dataset;
-    if (right === undefined) return;
-    setKernel({ right: Number(right), down: Number(down), strength: 4 });
+    if (right !== undefined) setKernel({ right: Number(right), down: Number(down), strength: 4 });
   });
 }

@@ -1,63 +1,72 @@
-// Tab 2, and the small chart of tab 1: numbers over epochs.
+// Tab 2, and the small chart of tab 1: metrics over epochs.
 
-const OTHERS = ["#8a6d00", "#a0438f", "#00795c"]; // of runs compared; each also has a dash of its own
-const DASHES = ["6 3", "2 2", "8 2 2 2"];
+const OTHER_COLORS = ["#8a6d00", "#a0438f", "#00795c"]; // of the other runs, which also differ in their dashes
+const OTHER_DASHES = ["6 3", "2 2", "8 2 2 2"];
 const meanOf = (values) => (values[0] === null ? null : values.reduce((sum, value) => sum + value, 0) / values.length);
 
-// Of the run on show (0), and of those beside it.
-const styleOf = (index) => (index ? { colour: OTHERS[(index - 1) % OTHERS.length], dash: DASHES[(index - 1) % DASHES.length] } : { colour: "var(--body-text-color)", dash: "" });
+// Line style of a run: 0 is the one on display.
+const styleOf = (index) => (index === 0 ? { color: "var(--body-text-color)", dash: "" }
+  : { color: OTHER_COLORS[(index - 1) % OTHER_COLORS.length], dash: OTHER_DASHES[(index - 1) % OTHER_DASHES.length] });
 
-// The curves of one layer: every head thin, their mean thick, other runs' means dashed.
-function layerSeries(name, layer, withOthers) {
-  const { epochs, [name]: values } = run.story;
-  const gates = run.gate[run.gate.length - 1][run.layers.indexOf(layer)]; // heads have one colour in all charts
-  const thin = Array.from({ length: heads }, (_, head) => ({
-    epochs, head, name: `head ${head + 1}`, colour: gates ? gateColour(gates[head]) : "var(--plain)",
+const runsOf = (withOthers) => [model.curves, ...(withOthers ? model.others : [])];
+
+// Curves of one layer: heads thin, their mean thick, the means of other runs dashed.
+function layerSeries(metric, layer, withOthers) {
+  const { epochs, [metric]: values } = model.curves;
+  const finalGates = model.gate[model.gate.length - 1][model.layers.indexOf(layer)]; // a head has one color in all charts
+  const heads = Array.from({ length: numHeads }, (_, head) => ({
+    epochs, head, name: `head ${head + 1}`, color: finalGates ? gateColor(finalGates[head]) : "var(--no-gate)",
     values: values.map((layers) => layers[layer][head]),
   }));
-  const means = [run.story, ...(withOthers ? run.others : [])].map((story, index) => ({
-    epochs: story.epochs, name: `${story.name}: mean`, width: 2.5, ...styleOf(index),
-    values: story[name].map((layers) => (layers[layer] ? meanOf(layers[layer]) : null)),
+  const means = runsOf(withOthers).map((run, index) => ({
+    epochs: run.epochs, name: `${run.name}: mean`, width: 2.5, ...styleOf(index),
+    values: run[metric].map((layers) => (layers[layer] ? meanOf(layers[layer]) : null)),
   }));
-  return [...thin, ...means];
+  return [...heads, ...means];
 }
 
-function paintStory() {
-  find(".layer-chart").innerHTML = run.story ? layerChart("gate", run.layers[state.layer], false) : "<p class='hint'>These weights come without their training.</p>";
-  if (state.tab !== "story") return;
-  find(".untold").classList.toggle("absent", run.story !== null);
-  find(".told").classList.toggle("absent", run.story === null);
-  const plain = run.story ? run.story.non_locality[0].map((_, layer) => layer) : [];
-  find(".gate-charts").innerHTML = run.story ? run.layers.map((layer) => layerChart("gate", layer, true)).join("") : "";
-  find(".distance-charts").innerHTML = plain.map((layer) => layerChart("non_locality", layer, true)).join("");
-  find(".score-charts").innerHTML = run.story ? scoreCharts() : "";
-  paintChoice();
+function drawCurves() {
+  find(".layer-chart").innerHTML = model.curves ? layerChart("gate", model.layers[state.layer], false)
+    : "<p class='hint'>No training history for these weights.</p>";
+  if (state.tab !== "curves") return;
+  find(".no-curves").classList.toggle("hidden", model.curves !== null);
+  find(".all-curves").classList.toggle("hidden", model.curves === null);
+  if (!model.curves) return;
+  find(".gate-charts").innerHTML = model.layers.map((layer) => layerChart("gate", layer, true)).join("");
+  find(".distance-charts").innerHTML = model.curves.non_locality[0].map((_, layer) => layerChart("non_locality", layer, true)).join("");
+  find(".score-charts").innerHTML = scoreCharts();
 }
 
-function layerChart(name, layer, withOthers) {
-  const distances = name === "non_locality";
-  return chart({
-    ...axis(withOthers), title: `layer ${layer + 1}${run.layers.includes(layer) ? "" : ", plain"}`, series: layerSeries(name, layer, withOthers),
-    high: distances ? Math.ceil(1.3 * run.uniform) : 1, lines: distances ? [{ value: run.uniform, name: "uniform attention" }] : [],
-  });
+function layerChart(metric, layer, withOthers) {
+  const title = `layer ${layer + 1}${model.layers.includes(layer) ? "" : " (self-attention)"}`;
+  const range = metric === "gate" ? { high: 1 }
+    : { high: Math.ceil(1.3 * model.uniform), references: [{ value: model.uniform, name: "uniform attention" }] };
+  return chart({ ...epochAxis(withOthers), ...range, title, series: layerSeries(metric, layer, withOthers) });
 }
 
 function scoreCharts() {
-  const stories = [run.story, ...run.others];
-  const of = (name, title) => stories.map((story, index) => ({
-    epochs: story.epochs, values: story[name], name: `${story.name}: ${title}`, width: 2.2, ...styleOf(index),
+  const runs = runsOf(true);
+  const series = (metric, label, width) => runs.map((run, index) => ({
+    epochs: run.epochs, values: run[metric], name: `${run.name}: ${label}`, ...styleOf(index), width,
   }));
-  const losses = stories.flatMap((story) => [...story.test_loss, ...story.train_loss]).filter((value) => value !== null);
-  const names = stories.map((story, index) =>
-    `<li><svg viewBox="0 0 30 8" aria-hidden="true"><line x1="0" x2="30" y1="4" y2="4" style="stroke: ${styleOf(index).colour}" stroke-width="2.5" stroke-dasharray="${styleOf(index).dash}"/></svg>${escape(story.name)}</li>`);
-  return chart({ ...axis(true), title: "test accuracy, %", series: of("test_accuracy", "test accuracy"), high: 100 }) +
-    chart({ ...axis(true), title: "loss: test, and thin in training", high: Math.ceil(Math.max(...losses)), series: [...of("test_loss", "test loss"), ...of("train_loss", "training loss").map((one) => ({ ...one, width: 1 }))] }) +
-    (run.others.length ? `<ul class="names">${names.join("")}</ul>` : "");
+  const losses = runs.flatMap((run) => [...run.test_loss, ...run.train_loss]).filter((value) => value !== null);
+  const names = runs.map(({ name }, index) => {
+    const { color, dash } = styleOf(index);
+    return `<li><svg viewBox="0 0 30 8" aria-hidden="true"><line x1="0" x2="30" y1="4" y2="4" style="stroke: ${color}"
+      stroke-width="2.5" stroke-dasharray="${dash}"/></svg>${escapeHtml(name)}</li>`;
+  });
+  return chart({ ...epochAxis(true), title: "test accuracy (%)", series: series("test_accuracy", "test accuracy", 2.2), high: 100 })
+    + chart({ ...epochAxis(true), title: "loss (thick: test, thin: training)", high: Math.ceil(Math.max(...losses)),
+      series: [...series("test_loss", "test loss", 2.2), ...series("train_loss", "training loss", 1)] })
+    + (runs.length > 1 ? `<ul class="run-names">${names.join("")}</ul>` : "");
 }
 
-function axis(withOthers) {
-  const last = Math.max(...[run.story, ...(withOthers ? run.others : [])].map((story) => story.epochs[story.epochs.length - 1]), run.epochs[run.epochs.length - 1]);
-  return { last, ticks: run.epochs, cursor: run.epochs[state.checkpoint] };
+function epochAxis(withOthers) {
+  const lastEpoch = Math.max(...[...runsOf(withOthers), model].map(({ epochs }) => epochs[epochs.length - 1]));
+  return { lastEpoch, ticks: model.epochs, cursor: model.epochs[state.snapshot] };
 }
 
-const nearestCheckpoint = (epoch) => run.epochs.reduce((best, one, index) => (Math.abs(one - epoch) < Math.abs(run.epochs[best] - epoch) ? index : best), 0);
+function nearestSnapshot(epoch) {
+  const gaps = model.epochs.map((other) => Math.abs(other - epoch));
+  return gaps.indexOf(Math.min(...gaps));
+}

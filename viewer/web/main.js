@@ -1,201 +1,199 @@
-// State, server, address and painting. Gradio runs all these files, one after another, once, with `element`, `server`.
+// State, server calls, URL and drawing. Gradio runs all scripts once, concatenated, with `element` and `server` in scope.
 
 const find = (selector) => element.querySelector(selector);
 const findAll = (selector) => element.querySelectorAll(selector);
-const VISITOR = visitorName();
-const LARGEST = 10 * 2 ** 20; // bytes of a picture; the server checks, too
+const SESSION = sessionId();
+const MAX_BYTES = 10 * 2 ** 20; // of an image file; the server checks this too
 
 const state = {
-  tab: "watch", run: "", layer: 0, checkpoint: 0, query: 0, held: false,
-  head: null, // the chosen one; null shows the mean of all on the picture
-  gates: new Map(), // the visitor's: "layer,head" to a number
-  recomputed: null, // what the model has made of just these gates: content maps of this layer and classes
-  example: null, // the name of the picture, if it is one of the page's
+  tab: "watch", layer: 0, snapshot: 0, query: 0,
+  run: "", // the model on display: the server's (""), or the one trained in this session (its id)
+  locked: false, // the query patch ignores the mouse
+  head: null, // the selected head; null overlays the mean over all heads
+  gates: new Map(), // gates that the user has changed: "layer,head" to a number
+  recomputed: null, // content maps of this layer, and predictions, computed with these gates
+  example: null, // name of the image if it is an example
 };
-let run = null; // what the server told of the model
-let heads = 0;
-let patches = 0;
-let colours = null; // of the maps: 256 times red, green, blue
-let distances = null; // between any two patches
-let cards = [];
-let maps = null; // content maps and classes of the picture in the layer on show, at all checkpoints
-let picture = null;
-let images = {};
-let playing = null;
+let model = null; // the server's description of the model on display
+let numHeads = 0, numPatches = 0;
+let colorMap = null; // 256 times red, green, blue
+let distances = null; // between all pairs of patches
+let cards = []; // DOM nodes of the heads
+let layerMaps = null; // content maps and predictions of the current image and layer, for all snapshots
+let image = null; // the image as data URLs and pixels, from the server
+let bitmaps = {}; // the image, decoded
+let playTimer = null;
 
-// --- the server -------------------------------------------------------------------------------------------------------
+// --- server -------------------------------------------------------------------------------------------------------------
 
-// The same name for as long as the tab is open, so that what was trained here is found again.
-function visitorName() {
-  const letters = Array.from({ length: 24 }, () => "abcdefghijklmnopqrstuvwxyz"[Math.floor(26 * Math.random())]).join("");
+// Kept as long as the browser tab is open, so that a reload finds the model trained here.
+function sessionId() {
+  let id = Array.from({ length: 24 }, () => "abcdefghijklmnopqrstuvwxyz"[Math.floor(26 * Math.random())]).join("");
   try {
-    const name = sessionStorage.getItem("visitor") ?? letters;
-    sessionStorage.setItem("visitor", name);
-    return name;
-  } catch {
-    return letters; // a browser that keeps nothing
-  }
+    id = sessionStorage.getItem("session") ?? id;
+    sessionStorage.setItem("session", id);
+  } catch { /* storage is disabled */ }
+  return id;
 }
 
-// The server's answer, or null after telling what is wrong; what the page asks by itself is told only where it `tells`.
-async function ask(name, question = {}, tells = true) {
+// The server's answer, or null after an error. Background polling passes showError = false.
+async function callServer(name, args = {}, showError = true) {
   let answer = null;
   try {
-    answer = await server[name]({ run: state.run, ...question });
-  } catch { /* told below */ }
-  if (tells) find(".trouble").textContent = answer ? answer.error ?? "" : "The server does not answer; please try again.";
+    answer = await server[name]({ run: state.run, ...args });
+  } catch { /* reported below */ }
+  if (showError) find(".error").textContent = answer ? answer.error ?? "" : "The server is not responding; please try again.";
   return answer && !answer.error ? answer : null;
 }
 
-// Take over the server's description of a model: at first, for another one, or when new snapshots have come.
-function takeRun(answer) {
-  run = answer;
-  [heads, patches] = [run.kernel[0] * run.kernel[1], run.grid[0] * run.grid[1]];
-  colours = bytes(run.colours);
-  distances = Float64Array.from({ length: patches * patches }, (_, pair) => distance(Math.floor(pair / patches), pair % patches, run.grid[1]));
-  state.layer = Math.min(state.layer, run.layers.length - 1);
-  state.checkpoint = Math.min(state.checkpoint, run.epochs.length - 1);
-  if (state.query >= patches) state.query = middlePatch();
-  if (state.head !== null && state.head >= heads) state.head = null;
+// Use the server's description of a model: the first one, another one, or the same one with new snapshots.
+function setModel(description) {
+  model = description;
+  [numHeads, numPatches] = [model.kernel[0] * model.kernel[1], model.grid[0] * model.grid[1]];
+  colorMap = decodeBase64(model.colors);
+  distances = Float64Array.from({ length: numPatches ** 2 }, (_, pair) => patchDistance(Math.floor(pair / numPatches), pair % numPatches, model.grid[1]));
+  state.layer = Math.min(state.layer, model.layers.length - 1);
+  state.snapshot = Math.min(state.snapshot, model.epochs.length - 1);
+  if (state.query >= numPatches) state.query = centerPatch();
+  if (state.head !== null && state.head >= numHeads) state.head = null;
 }
 
-const middlePatch = () => Math.floor(run.grid[0] / 2) * run.grid[1] + Math.floor(run.grid[1] / 2);
+const centerPatch = () => Math.floor(model.grid[0] / 2) * model.grid[1] + Math.floor(model.grid[1] / 2);
 
-// Go to another picture or layer: all of the page changes at once, when its maps are here. What is asked for while
-// something else is still on its way joins it.
-let latest = 0;
-let wanted = {};
-async function go(changes) {
-  const wish = ++latest;
-  Object.assign(wanted, changes);
-  const { chosen = picture, loaded = images, ...others } = wanted;
-  if (!chosen) return; // there is no picture yet; the first one will take it along
-  const layer = others.layer ?? state.layer;
-  const answer = await ask("read_layer", { pixels: chosen.pixels, layer });
-  if (wish !== latest) return; // the visitor has gone on
-  wanted = {};
+// Switch image, layer or head once the maps have arrived; changes requested meanwhile are merged.
+let latestNavigation = 0;
+let pendingChanges = {};
+async function navigate(changes) {
+  const id = ++latestNavigation;
+  Object.assign(pendingChanges, changes);
+  const { newImage = image, newBitmaps = bitmaps, ...newState } = pendingChanges;
+  if (!newImage) return; // the first image applies the pending changes
+  const layer = newState.layer ?? state.layer;
+  const answer = await callServer("layer_maps", { pixels: newImage.pixels, layer });
+  if (id !== latestNavigation) return; // superseded
+  pendingChanges = {};
   find(".layer").value = answer ? layer : state.layer;
   if (!answer) return;
-  [picture, images] = [chosen, loaded];
-  const canvas = find(".picture");
-  const { width, height } = loaded.display;
-  if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
-  maps = { ...answer, content: answer.content.map(bytes) };
-  Object.assign(state, others);
-  forgetAnswer();
-  state.checkpoint = Math.min(state.checkpoint, maps.content.length - 1);
-  paint();
+  [image, bitmaps] = [newImage, newBitmaps];
+  resizeCanvas(find(".image"), bitmaps.display.width, bitmaps.display.height);
+  layerMaps = { ...answer, content: answer.content.map(decodeBase64) };
+  Object.assign(state, newState);
+  clearRecomputed();
+  state.snapshot = Math.min(state.snapshot, layerMaps.content.length - 1);
+  draw();
 }
 
-// Show a picture of the page by its name, or a file.
-let latestPicture = 0;
-async function showPicture(name, file = null) {
-  const wish = ++latestPicture;
-  if (file && file.size > LARGEST) {
-    find(".trouble").textContent = "This file is larger than 10 MB; please choose a smaller picture.";
-    return;
+// Show an example by name, or an image file.
+let latestImage = 0;
+async function showImage(name, file = null) {
+  const id = ++latestImage;
+  if (file?.size > MAX_BYTES) return void (find(".error").textContent = "This file is larger than 10 MB; please choose a smaller image.");
+  const newImage = await callServer("prepare_image", file ? { file: await encodeBase64(file) } : { example: name });
+  if (!newImage || id !== latestImage) return;
+  const newBitmaps = {};
+  for (const kind of ["display", "input"]) {
+    newBitmaps[kind] = new Image();
+    newBitmaps[kind].src = newImage[kind];
+    await newBitmaps[kind].decode();
   }
-  const chosen = await ask("choose", file ? { file: await base64(file) } : { example: name });
-  if (!chosen || wish !== latestPicture) return;
-  const loaded = {};
-  for (const kind of ["display", "seen"]) {
-    loaded[kind] = new Image();
-    loaded[kind].src = chosen[kind];
-    await loaded[kind].decode();
-  }
-  if (wish === latestPicture) await go({ example: file ? null : name, chosen, loaded });
+  if (id === latestImage) await navigate({ example: file ? null : name, newImage, newBitmaps });
 }
 
-async function base64(file) {
+async function encodeBase64(file) {
   const reader = new FileReader();
-  await new Promise((done) => { reader.onloadend = done; reader.readAsDataURL(file); });
+  await new Promise((resolve) => { reader.onloadend = resolve; reader.readAsDataURL(file); });
   return reader.result.split(",")[1] ?? "";
 }
 
 let latestRun = 0;
-async function showRun(name) {
+async function showRun(run) {
   stop();
-  const wish = ++latestRun;
-  const answer = await ask("describe", { run: name });
-  if (wish !== latestRun) return;
-  find(".runs").value = answer ? name : state.run;
+  const id = ++latestRun;
+  const answer = await callServer("describe", { run });
+  if (id !== latestRun) return;
+  find(".models").value = answer ? run : state.run;
   if (!answer) return;
-  latest++; // what is on its way is of the other model, as are the maps
-  latestPicture++;
-  forgetAnswer();
-  [wanted, maps, picture] = [{}, null, null];
-  state.run = name;
-  takeRun(answer);
-  Object.assign(state, { checkpoint: name ? run.epochs.length - 1 : 0, gates: new Map(), head: null });
-  buildForRun();
-  await showPicture(run.examples[0].name);
+  latestNavigation++; // pending requests and the maps belong to the other model
+  latestImage++;
+  clearRecomputed();
+  [pendingChanges, layerMaps, image] = [{}, null, null];
+  state.run = run;
+  setModel(answer);
+  Object.assign(state, { snapshot: run ? model.epochs.length - 1 : 0, gates: new Map(), head: null });
+  buildForModel();
+  await showImage(model.examples[0].name);
 }
 
-// --- the address: what is on show, so that a view can be shared ---------------------------------------------------------
+// --- URL: contains the view, so that it can be shared -------------------------------------------------------------------
 
-function readAddress() {
-  const address = new URLSearchParams(location.hash.slice(1));
-  const chosen = (name, choices) => { const index = choices.indexOf(Number(address.get(name))); return address.has(name) && index >= 0 ? index : null; };
-  state.layer = chosen("layer", run.layers.map((layer) => layer + 1)) ?? run.layers.length - 1;
-  state.checkpoint = chosen("epoch", run.epochs) ?? 0;
-  state.head = chosen("head", Array.from({ length: heads }, (_, head) => head + 1));
-  const [row, column] = (address.get("patch") ?? "").split(",").map(Number);
-  const inside = row >= 1 && row <= run.grid[0] && column >= 1 && column <= run.grid[1];
-  state.query = inside ? (Math.round(row) - 1) * run.grid[1] + Math.round(column) - 1 : middlePatch();
-  state.held = inside && address.has("held");
-  if (["watch", "story", "kernel", "help"].includes(address.get("tab"))) state.tab = address.get("tab");
-  const names = run.examples.map((one) => one.name);
-  return names.includes(address.get("picture")) ? address.get("picture") : names[0];
+function readUrl() {
+  const url = new URLSearchParams(location.hash.slice(1));
+  const indexIn = (choices, name) => { const index = choices.indexOf(Number(url.get(name))); return url.has(name) && index >= 0 ? index : null; };
+  state.layer = indexIn(model.layers.map((layer) => layer + 1), "layer") ?? model.layers.length - 1;
+  state.snapshot = indexIn(model.epochs, "epoch") ?? 0;
+  state.head = indexIn(Array.from({ length: numHeads }, (_, head) => head + 1), "head");
+  const [row, column] = (url.get("patch") ?? "").split(",").map(Number);
+  const isInside = row >= 1 && row <= model.grid[0] && column >= 1 && column <= model.grid[1];
+  state.query = isInside ? (Math.round(row) - 1) * model.grid[1] + Math.round(column) - 1 : centerPatch();
+  state.locked = isInside && url.has("locked");
+  if (["watch", "curves", "kernel", "help"].includes(url.get("tab"))) state.tab = url.get("tab");
+  const names = model.examples.map(({ name }) => name);
+  return names.includes(url.get("image")) ? url.get("image") : names[0];
 }
 
-let writing = null;
-function writeAddress() {
-  clearTimeout(writing); // browsers refuse more than some hundred changes of the address in half a minute
-  writing = setTimeout(() => {
-    const address = new URLSearchParams({
-      tab: state.tab, layer: run.layers[state.layer] + 1, epoch: run.epochs[state.checkpoint],
-      patch: `${Math.floor(state.query / run.grid[1]) + 1},${(state.query % run.grid[1]) + 1}`,
+let urlTimer = null;
+function writeUrl() {
+  clearTimeout(urlTimer); // browsers limit how often a page may change its URL
+  urlTimer = setTimeout(() => {
+    const url = new URLSearchParams({
+      tab: state.tab, layer: model.layers[state.layer] + 1, epoch: model.epochs[state.snapshot],
+      patch: `${Math.floor(state.query / model.grid[1]) + 1},${(state.query % model.grid[1]) + 1}`,
     });
-    if (state.held) address.set("held", "yes");
-    if (state.head !== null) address.set("head", state.head + 1);
-    if (state.example) address.set("picture", state.example);
-    if (!state.run) history.replaceState(null, "", `#${address}`.replaceAll("%2C", ","));
+    if (state.locked) url.set("locked", "yes");
+    if (state.head !== null) url.set("head", state.head + 1);
+    if (state.example) url.set("image", state.example);
+    if (!state.run) history.replaceState(null, "", `#${url}`.replaceAll("%2C", ","));
   }, 300);
 }
 
-// --- painting -----------------------------------------------------------------------------------------------------------
+// --- drawing ------------------------------------------------------------------------------------------------------------
 
-function paint() {
-  if (!maps) return;
+function draw() {
+  if (!layerMaps) return;
   for (const button of findAll(".examples button")) button.setAttribute("aria-pressed", button.dataset.example === state.example);
-  find(".epoch").textContent = run.epochs[state.checkpoint];
-  find(".checkpoint").value = state.checkpoint;
-  find(".checkpoint").setAttribute("aria-valuetext", `epoch ${run.epochs[state.checkpoint]}`);
-  const accuracy = run.story?.test_accuracy[run.story.epochs.indexOf(run.epochs[state.checkpoint])];
-  const trained = state.gates.size ? ", with trained gates" : "";
-  find(".accuracy").textContent = accuracy === undefined ? "" : `test accuracy ${accuracy.toFixed(1)}%${trained}`;
-  find(".step").disabled = state.checkpoint === run.epochs.length - 1;
-  paintQuery();
-  paintHeads();
-  paintWall();
-  paintGuess();
-  paintStory();
-  paintKernel();
-  paintChoice();
-  writeAddress();
+  const epoch = model.epochs[state.snapshot];
+  find(".epoch").textContent = epoch;
+  find(".snapshot").value = state.snapshot;
+  find(".snapshot").setAttribute("aria-valuetext", `epoch ${epoch}`);
+  const accuracy = model.curves?.test_accuracy[model.curves.epochs.indexOf(epoch)];
+  const note = state.gates.size ? " (trained gates)" : "";
+  find(".accuracy").textContent = accuracy === undefined ? "" : `test accuracy ${accuracy.toFixed(1)}%${note}`;
+  find(".step").disabled = state.snapshot === model.epochs.length - 1;
+  drawQuery();
+  drawHeads();
+  drawHeatmap();
+  drawPrediction();
+  drawCurves();
+  drawKernel();
+  drawSelection();
+  writeUrl();
+}
+
+function resizeCanvas(canvas, width, height) {
+  if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
 }
 
 function moveQuery(query) {
-  if (query === state.query || !maps) return;
+  if (query === state.query || !layerMaps) return;
   state.query = query;
-  paintQuery();
-  writeAddress();
+  drawQuery();
+  writeUrl();
 }
 
-function showCheckpoint(checkpoint) {
-  state.checkpoint = checkpoint;
-  forgetAnswer();
-  paint();
+function showSnapshot(snapshot) {
+  state.snapshot = snapshot;
+  clearRecomputed();
+  draw();
 }
 
 function showTab(name) {
@@ -205,121 +203,118 @@ function showTab(name) {
     tab.tabIndex = tab.dataset.tab === name ? 0 : -1;
     find(`#${tab.dataset.tab}`).hidden = tab.dataset.tab !== name;
   }
-  for (const part of findAll("[data-for]")) part.classList.toggle("absent", !part.dataset.for.split(" ").includes(name));
-  find(".caption").classList.toggle("absent", name !== "watch");
-  paint();
+  for (const node of findAll("[data-for]")) node.classList.toggle("hidden", !node.dataset.for.split(" ").includes(name));
+  find(".caption").classList.toggle("hidden", name !== "watch");
+  draw();
 }
 
 // --- training time ------------------------------------------------------------------------------------------------------
 
 function stop() {
-  clearInterval(playing);
-  playing = null;
+  clearInterval(playTimer);
+  playTimer = null;
   find(".play").textContent = "▶ Play training";
 }
 
 function step() {
-  if (state.checkpoint < run.epochs.length - 1) showCheckpoint(state.checkpoint + 1);
-  if (state.checkpoint === run.epochs.length - 1) stop();
+  if (state.snapshot < model.epochs.length - 1) showSnapshot(state.snapshot + 1);
+  if (state.snapshot === model.epochs.length - 1) stop();
 }
 
 function play() {
-  if (playing) return stop();
-  if (state.checkpoint === run.epochs.length - 1) showCheckpoint(0);
+  if (playTimer) return stop();
+  if (state.snapshot === model.epochs.length - 1) showSnapshot(0);
   find(".play").textContent = "❚❚ Pause";
-  playing = setInterval(step, 900);
+  playTimer = setInterval(step, 900);
 }
 
-// --- other gates --------------------------------------------------------------------------------------------------------
+// --- changed gates ------------------------------------------------------------------------------------------------------
 
-let question = 0; // which answer of the model is waited for
+let latestRecompute = 0;
 
-// What the model has said, or is about to say, of other gates, or of another view, holds no longer.
-function forgetAnswer() {
-  question++;
+// Discard the result of a recomputation, also of one in progress: the gates or the view have changed.
+function clearRecomputed() {
+  latestRecompute++;
   state.recomputed = null;
 }
 
 function setGate(layer, head, gate) {
   state.gates.set(`${layer},${head}`, gate);
-  forgetAnswer();
+  clearRecomputed();
 }
 
 function setAllGates(gate) {
-  const layers = find(".scope").value === "model" ? run.layers.map((_, layer) => layer) : [state.layer];
-  for (const layer of layers) for (let head = 0; head < heads; head++) setGate(layer, head, gate);
-  paint();
+  const layers = find(".scope").value === "model" ? model.layers.map((_, layer) => layer) : [state.layer];
+  for (const layer of layers) for (let head = 0; head < numHeads; head++) setGate(layer, head, gate);
+  draw();
 }
 
-const wantedGates = () => run.layers.map((_, layer) => Array.from({ length: heads }, (_, head) => gateOf(layer, head)));
+function resetGates() {
+  state.gates.clear();
+  clearRecomputed();
+  draw();
+  const slider = find(".all-gates");
+  slider.value = slider.defaultValue;
+  slider.focus(); // the button that had the focus is now disabled
+}
+
+const allGates = () => model.layers.map((_, layer) => Array.from({ length: numHeads }, (_, head) => gateOf(layer, head)));
 
 async function recompute() {
-  if (!picture) return;
-  const asked = ++question;
-  const { checkpoint, layer } = state;
-  const answer = await ask("what_if", { pixels: picture.pixels, layer, checkpoint, gates: wantedGates() });
-  if (!answer || asked !== question) return; // the visitor has gone on
-  state.recomputed = { ...answer, content: bytes(answer.content) };
-  paint();
+  if (!image) return;
+  const id = ++latestRecompute;
+  const { snapshot, layer } = state;
+  const answer = await callServer("recompute", { pixels: image.pixels, layer, snapshot, gates: allGates() });
+  if (!answer || id !== latestRecompute) return; // superseded
+  state.recomputed = { ...answer, content: decodeBase64(answer.content) };
+  draw();
 }
 
-// --- files to keep ------------------------------------------------------------------------------------------------------
+// --- downloads ----------------------------------------------------------------------------------------------------------
 
-function save(name, address) {
+function download(name, url) {
   const link = document.createElement("a");
-  [link.download, link.href] = [name, address];
+  [link.download, link.href] = [name, url];
   link.click();
 }
 
-async function saveFigure(moving) {
-  if (!picture) return;
-  const button = find(moving ? ".save-moving" : ".save-view");
+async function saveFigure(animated) {
+  if (!image) return;
+  const button = find(animated ? ".save-gif" : ".save-png");
   button.disabled = true;
-  const { layer, checkpoint, query } = state;
-  const other = { gates: state.gates.size ? wantedGates() : null, recomputed: Boolean(state.recomputed) };
-  const answer = await ask("export", { moving, layer, checkpoint, query, ...other, pixels: picture.pixels, display: picture.display });
+  const { layer, snapshot, query } = state;
+  const gates = { gates: state.gates.size ? allGates() : null, recomputed: Boolean(state.recomputed) };
+  const answer = await callServer("export", { animated, layer, snapshot, query, ...gates, pixels: image.pixels, display: image.display });
   button.disabled = false;
-  if (answer) save(`convit-layer-${run.layers[layer] + 1}.${moving ? "gif" : "png"}`, answer.file);
+  if (answer) download(`convit-layer-${model.layers[layer] + 1}.${animated ? "gif" : "png"}`, answer.file);
 }
 
 function saveGates() {
-  const lines = run.gate.flatMap((layers, checkpoint) => layers.flatMap((gates, layer) => gates.map((gate, head) =>
-    [run.epochs[checkpoint], run.layers[layer] + 1, head + 1, gate].join(","))));
-  save("convit-gates.csv", URL.createObjectURL(new Blob([["epoch,layer,head,gate", ...lines].join("\n") + "\n"], { type: "text/csv" })));
+  const rows = model.gate.flatMap((layers, snapshot) => layers.flatMap((gates, layer) => gates.map((gate, head) =>
+    [model.epochs[snapshot], model.layers[layer] + 1, head + 1, gate].join(","))));
+  download("convit-gates.csv", URL.createObjectURL(new Blob([["epoch,layer,head,gate", ...rows].join("\n") + "\n"], { type: "text/csv" })));
 }
 
-// --- the start ----------------------------------------------------------------------------------------------------------
-
-function paintRamp() {
-  const context = find(".ramp").getContext("2d");
-  const image = context.createImageData(256, 1);
-  for (let i = 0; i < 256; i++) image.data.set([...colours.subarray(3 * i, 3 * i + 3), 255], 4 * i);
-  context.putImageData(image, 0, 0);
-}
+// --- start --------------------------------------------------------------------------------------------------------------
 
 async function start() {
-  const answer = await ask("describe");
-  if (!answer) return void setTimeout(start, 2000); // the server may be coming back
-  takeRun(answer);
-  const name = readAddress();
-  find(".runs").add(new Option(run.name, ""));
-  find(".of-run").classList.add("absent-always");
-  buildForRun();
-  paintRamp();
-  onTabs();
-  onControls();
-  onPicture();
-  onFiles();
-  onHeads();
-  onCharts();
-  hold(state.held);
+  const answer = await callServer("describe");
+  if (!answer) return void setTimeout(start, 2000); // the server may be restarting
+  setModel(answer);
+  const example = readUrl();
+  find(".models").add(new Option(model.name, ""));
+  find(".model-choice").classList.add("unavailable");
+  buildForModel();
+  drawMap(find(".ramp"), Array.from({ length: 256 }, (_, value) => value), 255, 0);
+  for (const bind of [bindTabs, bindControls, bindImage, bindUploads, bindHeads, bindHeatmap, bindCharts]) bind();
+  setLocked(state.locked);
   showTab(state.tab);
-  await showPicture(name);
-  find(".panel").classList.remove("loading");
-  train("look");
-  setInterval(() => { if (!run.finished && !state.run) follow(); }, 5000);
+  await showImage(example);
+  find(".viewer").classList.remove("loading");
+  train("status");
+  setInterval(() => { if (!model.finished && !state.run) loadNewSnapshots(); }, 5000);
 }
 
-addEventListener("hashchange", () => location.reload()); // a view's address, pasted into the open page
-window.convit = { mapsOf: (head, query) => mapsOf(head, query), pixels: () => picture.pixels, state }; // to check the page from outside
+addEventListener("hashchange", () => location.reload()); // the user pasted the URL of a view into the open page
+window.convit = { headMaps, pixels: () => image.pixels, state }; // for tests and benchmarks
 start();
