@@ -39,7 +39,7 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Normalize pixels in 0..255 (b 3 H W, any dtype) by the mean and standard deviation of ImageNet, as models expect."""
+    """Normalize pixels in 0..255 (b 3 H W, any dtype) by ImageNet's mean and standard deviation, as models expect."""
     # Python floats, channel by channel: tensors of constants would have to be copied to the GPU
     channels = zip(images.unbind(dim=-3), MEAN, STD, strict=True)
     return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=-3)

@@ -1,172 +1,132 @@
-"""Train a ConViT on ImageNet, or any big tree of pictures, by the recipe of the paper (that of DeiT).
+"""Train a ConViT on ImageNet, or any large image folder, with the recipe of the paper (that of DeiT).
 
     python train_imagenet.py --data-dir /data/imagenet --amp --compile                                     one GPU
     torchrun --nproc-per-node 8 -- train_imagenet.py --data-dir /data/imagenet --amp --compile             eight
     python train_imagenet.py --data-dir /data/imagenet --eval --weights convit_tiny                        evaluate
     python train_imagenet.py --data-dir DIR --weights convit_tiny --epochs 30 --lr 5e-5 --run runs/mine    fine-tune
-    python train_imagenet.py --dataset patterns --model convit_cifar_nano --epochs 9 --batch-size 64       try, no data
+    python train_imagenet.py --dataset patterns --model convit_cifar_nano --epochs 9 --batch-size 64       no data
 
-DIR holds train/CLASS/* and val/CLASS/*. Published for 300 epochs: 73.1, 81.3, 82.4% top-1 (convit_tiny, _small, _base);
-this script has not been run that far by its authors. The loop is that of train_cifar.py; `diff` shows what differs.
+DIR contains train/CLASS/* and val/CLASS/*. Published results after 300 epochs: 73.1, 81.3, 82.4% top-1 (convit_tiny,
+_small, _base); this script has not been run that far yet. The loop is that of train_cifar.py: compare them with `diff`.
 """
 
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from convit_min import MODELS, normalise
-from training import checkpoint, distributed
-from training.augment import colour_jitter, erase, flip, mix, soft_targets
-from training.config import CORES, RunConfig, build_model
-from training.data import subset
-from training.files import evaluation_batches, generated, load, open_tree, training_batches
-from training.flags import at_least, flag, parse_flags
-from training.loop import (
-    Interruption,
-    MovingAverage,
-    autocast,
-    evaluate,
-    learning_rate,
-    parameter_groups,
-    set_learning_rate,
-    stream,
-)
-from training.report import end_epoch, progress_bar
+from analysis import head_statistics
+from images import normalize
+from training import distributed
+from training.augment import mixup_cutmix, random_erasing, random_hflip
+from training.config import CORES, RunConfig, build_model, flag, int_at_least, parse_flags
+from training.data import InMemoryData
+from training.distributed import UserError
+from training.evaluation import evaluate
+from training.image_folder import StreamedData
+from training.optim import ModelEMA, autocast, learning_rate, param_groups, set_learning_rate
+from training.run import Run
 
 
 @dataclass
 class Config(RunConfig):
-    dataset: str = flag("imagenet", "folder is any other tree of pictures", choices=["imagenet", "folder", "patterns"])
-    data_dir: str = flag("data", "the folder that holds train/CLASS/* and val/CLASS/*; to evaluate, val/ will do")
-    workers: int = flag(CORES, "processes that read pictures ahead, for each that trains", type=at_least(0))
-    run: str = flag("runs/imagenet", "the folder to write; under torchrun one that all machines see")
-    skip_bad_images: bool = flag(False, "name files that cannot be read, and go on without them")
-
-    lr: float = flag(5e-4, "peak learning rate for a batch of 512, scaled in proportion for others")
-    gate_lr_scale: float = flag(1.0, "the gates' rate in units of lr; above 1 where steps are few")
-    weight_decay: float = flag(0.05, "AdamW's, on matrices only")
-    warmup_epochs: float = flag(5.0, "linear warm-up")
-    drop_path: float = flag(0.1, "stochastic depth of the last block")
-    label_smoothing: float = flag(0.1, "share of the target given to all classes alike")
-    rand_augment: int = flag(9, "RandAugment's magnitude, 0 to 10, two operations a picture", type=at_least(0))
-    colour_jitter: float = flag(0.0, "largest change of brightness, contrast, saturation, for use without RandAugment")
-    mixup: float = flag(0.8, "parameter of mixup's Beta distribution; 0 is none")
-    cutmix: float = flag(1.0, "parameter of cutmix's Beta distribution; 0 is none")
-    random_erasing: float = flag(0.25, "share of the pictures that lose a rectangle to noise")
-    repeats: int = flag(3, "repeated augmentation: times that a picture comes in an epoch", type=at_least(1))
-    ema_decay: float = flag(0.99996, "moving average of the weights, the one that is evaluated and saved; 0 is none")
+    # data
+    dataset: str = flag("imagenet", "folder: any other image folder", choices=["imagenet", "folder", "patterns"])
+    data_dir: str = flag("data", "folder with train/CLASS/* and val/CLASS/*; val/ suffices for --eval")
+    workers: int = flag(CORES, "image-decoding processes per training process", type=int_at_least(0))
+    skip_bad_images: bool = flag(False, "skip unreadable images with a warning")
+    run: str = flag("runs/imagenet", "run folder to write; under torchrun on a shared disk")
+    # recipe
+    lr: float = flag(5e-4, "peak learning rate per 512 images, scaled linearly with --batch-size")
+    gate_lr_scale: float = flag(1.0, "learning-rate multiplier for the gates; above 1 for short runs")
+    weight_decay: float = flag(0.05, "of AdamW, on matrices only")
+    drop_path: float = flag(0.1, "stochastic depth rate of the last block")
+    rand_augment: int = flag(9, "magnitude of RandAugment, 0 to 10, two operations per image", type=int_at_least(0))
+    label_smoothing: float = flag(0.1, "probability spread over all classes")
+    mixup: float = flag(0.8, "mixup's Beta parameter (0: off)")
+    cutmix: float = flag(1.0, "cutmix's Beta parameter (0: off)")
+    random_erasing: float = flag(0.25, "probability of random erasing")
+    aug_repeats: int = flag(3, "repeated augmentation: copies of an image per epoch", type=int_at_least(1))
+    ema_decay: float = flag(0.99996, "decay of the weights' moving average, which is evaluated and saved (0: off)")
 
 
 def train(config: Config):
-    run, epochs = Path(config.run), config.total_epochs()
-    try:
-        device = distributed.start(config.device)
-        size = config.img_size or MODELS[config.model].img_size
-        if config.dataset == "patterns":
-            train_set, test_set, classes = generated(size)
-        else:
-            data = Path(config.data_dir)
-            train_set, test_set, classes = open_tree(data, size, config.rand_augment, config.eval)
-        chosen = subset(train_set.labels, config.data_fraction, config.seed)
-        count = len(chosen)
-        config.check(count)
-        at_once = config.batch_size // (distributed.world_size() * config.accumulate)
-        test_batches = evaluation_batches(len(test_set), at_once)
-        peak = config.lr * config.batch_size / 512
-        torch.manual_seed(config.seed)
-        model = build_model(config, len(classes)).to(device)
-        if config.eval:
-            metrics = evaluate(model, load(test_set, test_batches, config.workers, device), device, config.amp)
-            scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            return distributed.say(f"{config.model} with {config.weights}: {scores}")
-        ema = MovingAverage(model, config.ema_decay)
-        groups = parameter_groups(model, config.weight_decay, config.gate_lr_scale)
-        optimizer = torch.optim.AdamW(groups, lr=peak, fused=True)
-        scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-        state = checkpoint.begin(run, parts, config, device, count)
-    except (ValueError, OSError) as error:
-        distributed.leave(str(error))
+    # data and model
+    device = distributed.init(config.device)
+    data = InMemoryData(config, device) if config.dataset == "patterns" else StreamedData(config, device)
+    config.check(data.num_train)
+    torch.manual_seed(config.seed)
+    model = build_model(config, len(data.classes)).to(device)
+    if config.eval:
+        metrics = evaluate(model, data.eval_batches(), device, config.amp)
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        return distributed.print0(f"{config.model} with {config.weights}: {scores}")
 
-    distributed.say(f"{config.dataset} in {config.data_dir}: {count} training and {len(test_set)} validation pictures "
-                    f"of {len(classes)} classes; {config.model}, {device}")  # fmt: skip
-    if state["epoch"] > epochs:
-        return distributed.say(f"{run} has done its {epochs} epochs already; a larger --epochs goes on")
-    parallel = DistributedDataParallel(model) if distributed.world_size() > 1 else model
-    forward = torch.compile(parallel) if config.compile else parallel
-    length = config.epoch_length(count)
-    steps_per_epoch = length // config.batch_size
-    steps, warmup_steps = epochs * steps_per_epoch, int(config.warmup_epochs * steps_per_epoch)
-    spread = range(0, len(test_set), max(len(test_set) // 64, 1))  # some of every class, to watch heads on
-    probe = normalise(torch.stack([test_set[index, 0][0] for index in spread]).to(device))
-    interruption = Interruption(config.save_every)
+    # optimization
+    model_ema = ModelEMA(model, config.ema_decay)
+    groups = param_groups(model, config.weight_decay, config.gate_lr_scale)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    grad_accum_steps = config.grad_accum_steps
 
-    for epoch in range(state["epoch"], epochs + 1):
-        metrics = {"epoch": epoch, "step": epoch * steps_per_epoch}
-        if epoch > 0:  # epoch 0 only looks at the model before training
-            model.train()
-            first, started = state["index"], time.perf_counter()
-            loss_sum = torch.tensor(state["loss_sum"], device=device)
-            keys = training_batches(chosen, config.batch_size, config.seed, epoch, first, config.repeats, length)
-            batches = load(train_set, keys, config.workers, device, config.skip_bad_images)
-            progress = progress_bar(epoch, first * config.batch_size, steps_per_epoch * config.batch_size)
-            for index, (images, labels) in enumerate(batches, first + 1):
-                step = (epoch - 1) * steps_per_epoch + index
-                torch.manual_seed(stream(config.seed, step, distributed.rank()))  # a resumed run draws the same again
-                rate = learning_rate(step - 1, steps, warmup_steps, peak)
-                set_learning_rate(optimizer, rate)
-                images = colour_jitter(flip(images, config.flip), config.colour_jitter)
-                images = erase(normalise(images), config.random_erasing)
-                targets = soft_targets(labels, len(classes), config.label_smoothing)
-                if epoch <= epochs - config.plain_epochs:
-                    images, targets = mix(images, targets, config.mixup, config.cutmix)
-                parts_of_batch = zip(images.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True)
-                for number, (part, wanted) in enumerate(parts_of_batch, 1):
-                    parallel.require_backward_grad_sync = number == config.accumulate  # DDP shares gradients once
-                    with autocast(device, config.amp):
-                        loss = F.cross_entropy(forward(part), wanted) / config.accumulate
-                    scaler.scale(loss).backward()
-                    loss_sum += loss.detach()
-                if config.clip_grad > 0:
-                    scaler.unscale_(optimizer)
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                ema.update_parameters(model)
-                progress.update(config.batch_size)
+    # run folder: restores model, EMA, optimizer, and scaler with --resume
+    run = Run(config, data, device, model=model, ema=model_ema, optimizer=optimizer, scaler=scaler)
+    peak_lr = config.lr * config.batch_size / 512
+    total_steps = config.total_epochs * run.steps_per_epoch
+    warmup_steps = int(config.warmup_epochs * run.steps_per_epoch)
+    distributed_run = distributed.world_size() > 1
+    ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if distributed_run else model
+    forward = torch.compile(ddp_model) if config.compile else ddp_model
 
-                wish = interruption.after_step(step)
-                if wish or index % 50 == 0 or index == steps_per_epoch:  # seldom: it makes the host wait for the device
-                    total_loss = distributed.mean(loss_sum).item()
-                    checkpoint.require_finite(total_loss, run, step, rate)
-                    progress.set_postfix(loss=f"{total_loss / index:.3f}")
-                if wish or index == steps_per_epoch:  # at the end, before evaluation
-                    state |= {"epoch": epoch, "index": index, "loss_sum": total_loss}
-                    checkpoint.save_last(run, parts, config, state)
-                if wish == Interruption.STOP:
-                    reason = f"stopped and saved after step {step}; the same command with --resume goes on"
-                    distributed.leave(reason, interruption.status)
-            progress.close()
-            speed = (steps_per_epoch - first) * config.batch_size / (time.perf_counter() - started)
-            mean_loss = distributed.mean(loss_sum).item() / steps_per_epoch
-            metrics |= {"train_loss": mean_loss, "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed}
+    for epoch in run.epochs():  # epoch 0 only evaluates the initialization
+        model.train()
+        for step, (images, labels) in run.steps(epoch, data.train_batches(epoch, run.first_step)):
+            # schedule
+            lr = learning_rate(step, total_steps, warmup_steps, peak_lr)
+            set_learning_rate(optimizer, lr)
 
-        pictures = load(test_set, test_batches, config.workers, device)
-        metrics |= evaluate(ema.module, pictures, device, config.amp)
-        end_epoch(run, parts, config, metrics, classes, probe, state)
+            # augment on the device, every image with its own random draw
+            images = random_hflip(images, config.hflip)
+            images = random_erasing(normalize(images), config.random_erasing)
+            targets = F.one_hot(labels, len(data.classes)).float()
+            if epoch <= config.total_epochs - config.mixup_off_epochs:
+                images, targets = mixup_cutmix(images, targets, config.mixup, config.cutmix)
+
+            # forward and backward, one micro-batch at a time
+            micro_batches = zip(images.chunk(grad_accum_steps), targets.chunk(grad_accum_steps), strict=True)
+            for micro_step, (micro_images, micro_targets) in enumerate(micro_batches, 1):
+                ddp_model.require_backward_grad_sync = micro_step == grad_accum_steps  # all-reduce only once
+                with autocast(device, config.amp):
+                    loss = criterion(forward(micro_images), micro_targets) / grad_accum_steps
+                scaler.scale(loss).backward()
+                run.loss_sum += loss.detach()
+
+            # update the weights and their moving average
+            if config.clip_grad > 0:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            model_ema.update_parameters(model)
+
+            # progress, finite loss, checkpoint when due, clean stop
+            run.after_step(step, lr)
+
+        metrics = evaluate(model_ema.module, data.eval_batches(), device, config.amp)
+        heads = head_statistics(model_ema.module, data.sample_images)
+        run.end_epoch(metrics, heads)
 
 
 def main():
     try:
         train(parse_flags(Config, __doc__))
-        distributed.finish()
-    except OSError as error:  # a full disk
-        distributed.leave(str(error))
+    except UserError as error:
+        distributed.abort(error)
+    distributed.cleanup()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from images import normalize
 from training.augment import random_crop, random_erasing, random_hflip
 from training.checkpoint import provenance
 from training.data import find_images
-from training.image_folder import ImageFolderDataset, decode_for_crop
+from training.distributed import UserError
+from training.image_folder import ImageFolderDataset, decode_crop
 
 SIZE = 224  # pixels
 TORCHVISION = v2.Compose([
@@ -47,12 +48,12 @@ def time_loading(files: list[Path]) -> dict[str, float]:
     count = len(files)
     labels = torch.zeros(count, dtype=torch.long)
     ours, no_randaugment = (ImageFolderDataset(files, labels, SIZE, magnitude) for magnitude in (9, 0))
-    batches = torch.stack([no_randaugment.load(file) for file in files]).split(32)
+    batches = torch.stack([no_randaugment.read(file) for file in files]).split(32)
     cifar_batches = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8).split(64)
     steps = {
-        "ours": (ours.load, files),
-        "no RandAugment": (no_randaugment.load, files),
-        "decode": (lambda file: decode_for_crop(file, SIZE), files),
+        "ours": (ours.read, files),
+        "no RandAugment": (no_randaugment.read, files),
+        "decode": (lambda file: decode_crop(file, SIZE), files),
         "read": (Path.read_bytes, files),
         "device": (lambda images: random_erasing(normalize(random_hflip(images)), 0.25), batches),
         "CIFAR": (lambda images: normalize(random_hflip(random_crop(images, 4))), cifar_batches),
@@ -70,7 +71,7 @@ def main():
     torch.set_num_threads(1)
     try:
         files = [file for files in find_images(args.data_dir / "train").values() for file in files]
-    except FileNotFoundError as error:
+    except UserError as error:
         parser.error(str(error))
 
     seconds = time_loading(files)

@@ -12,13 +12,11 @@ learning rate of each model and data fraction is chosen first, on a 10% validati
 
 import argparse
 import os
-import sys
 from itertools import product
 from pathlib import Path
 
 from experiments.migrate import migrate
-from experiments.sweep import Run, Sweep, read_run
-from training.distributed import UserError
+from experiments.sweep import RunSpec, Sweep, read_run, run_main
 
 RUNS = Path(__file__).parent.parent / "results" / "evidence" / "runs.jsonl"
 # flags of the worktree's train_cifar.py, which has the names of before experiments.migrate
@@ -49,14 +47,14 @@ def tune_learning_rate(model: str, fraction: float, records: dict[str, dict]) ->
         rates = [rates[0] / FACTOR, *rates] if best == rates[0] else [*rates, rates[-1] * FACTOR]
 
 
-def plan(records: dict[str, dict]) -> list[Run]:
+def plan(records: dict[str, dict]) -> list[RunSpec]:
     """Every run that can be trained by now, the most important ones first."""
     runs, best_lr = [], {}
 
     def add(name: str, model: str, fraction: float, lr: float | None, *flags: str):
         if lr is not None:
             all_flags = [RECIPE, MODELS[model], f"--data-fraction {fraction} --lr {lr:g}", *flags]
-            runs.append(Run(name, " ".join(all_flags).split()))
+            runs.append(RunSpec(name, " ".join(all_flags).split()))
 
     for fraction, model in product((0.1, 1.0), MODELS):
         best_lr[model, fraction], rates = tune_learning_rate(model, fraction, records)
@@ -87,14 +85,9 @@ def main():
         return
     os.nice(10)
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    try:
-        while sweep.train_next(plan(sweep.records()), lambda run: args.code, cwd=args.code):
-            pass
-    except UserError as error:
-        sys.exit(f"evidence.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("evidence.py: stopped")
+    while sweep.train_next(plan(sweep.records()), lambda run: args.code, cwd=args.code):
+        pass
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -12,12 +12,11 @@ import argparse
 import re
 import shlex
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import report
-from experiments.sweep import CODE, WORK, Run, Sweep
+from experiments.sweep import CODE, WORK, RunSpec, Sweep, run_main
 from train_cifar import Config
 from training.config import int_at_least
 from training.distributed import UserError
@@ -35,10 +34,10 @@ class Exercise:
     diff: str  # all diffs of the section
     flags: list[str]  # of train_cifar.py, including the shared recipe
 
-    def run(self, seed: int, data_dir: str = Config.data_dir) -> Run:
+    def run(self, seed: int, data_dir: str = Config.data_dir) -> RunSpec:
         """Its run with this seed, which is defined by flags and diff."""
         flags = [*self.flags, "--seed", str(seed), "--data-dir", data_dir]
-        return Run(f"{self.number}_seed={seed}", flags, definition=f"{shlex.join(self.flags)}\n{self.diff}")
+        return RunSpec(f"{self.number}_seed={seed}", flags, definition=f"{shlex.join(self.flags)}\n{self.diff}")
 
 
 def parse_exercises(text: str) -> list[Exercise]:
@@ -89,7 +88,7 @@ def do_exercises(numbers: list[int], seeds: int, data_dir: str):
     sweep = Sweep(RESULTS / "runs.jsonl", WORK / "exercises")
     sweep.missing(runs)  # raises UserError if any exercise has changed
 
-    def prepare(run: Run) -> Path:
+    def prepare(run: RunSpec) -> Path:
         print(f"{exercise_of[run.name].number}. {exercise_of[run.name].title}", flush=True)
         return copy_code(exercise_of[run.name].diff, sweep.work / f"{run.name}.code")
 
@@ -111,12 +110,7 @@ def main():
     parser.add_argument("--seeds", type=int_at_least(1), default=2, help="seeds of each (%(default)s)")
     parser.add_argument("--data-dir", default=Config.data_dir, help="see train_cifar.py (%(default)s)")
     args = parser.parse_args()
-    try:
-        do_exercises(args.numbers, args.seeds, args.data_dir)
-    except UserError as error:
-        sys.exit(f"exercises.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nexercises.py: stopped")
+    run_main(do_exercises, args.numbers, args.seeds, args.data_dir)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ The `cells` of a table map (row, column) to the summary of a setting: see `summa
 """
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -22,23 +20,17 @@ from training.plots import plot_gates, plot_non_locality
 RESULTS = Path("results/reproduce")
 COLORS = ["#0072B2", "#D55E00", "#009E73"]  # Okabe and Ito's: safe for color-blind readers
 MARKERS = "os^"
-PAPER = {  # top-1 accuracy on ImageNet: column names, and a tuple for every row of our table
-    "sample-efficiency": (
-        ["paper: ConViT-S", "paper: DeiT-S"],
-        [(47.8, 34.8), (59.6, 48.0), (73.7, 66.1), (81.4, 79.9)],
-    ),
-    "ablation": (
-        ["paper: ConViT-S+, 100%", "paper: 10%"],
-        [(82.2, 59.7), (82.0, 57.4), (81.4, 56.9), (81.6, 54.6), (79.1, 47.8), (78.6, 54.3), (73.7, 44.8)],
-    ),
+# fmt: off
+PAPER = {  # top-1 accuracy on ImageNet: column names, and a tuple for each of the first rows of our table
+    "sample-efficiency": (["ConViT-S", "DeiT-S"], [(47.8, 34.8), (59.6, 48.0), (73.7, 66.1), (81.4, 79.9)]),
+    "ablation": (["ConViT-S+, 100%", "10%"], [(82.2, 59.7), (82.0, 57.4), (81.4, 56.9), (81.6, 54.6), (79.1, 47.8),
+                                              (78.6, 54.3), (73.7, 44.8)]),
 }
+# fmt: on
 
 
 def summarize_runs(records: list[dict]) -> dict:
-    """Accuracy over the seeds of a setting after the last step, with mean and std, and the mean accuracy per epoch.
-
-    The standard deviation is None for a single seed.
-    """
+    """Accuracy of the seeds of a setting after the last step, its mean and std (None for one seed), and its curve."""
     histories = [record["metrics"] for record in records]
     accuracy = [history[-1]["test_accuracy"] for history in histories]
     return {
@@ -46,8 +38,8 @@ def summarize_runs(records: list[dict]) -> dict:
         "accuracy": accuracy,
         "mean": mean(accuracy),
         "std": stdev(accuracy) if len(accuracy) > 1 else None,
-        "steps": [line["step"] for line in histories[0]],
-        "curve": [mean(line["test_accuracy"] for line in lines) for lines in zip(*histories, strict=True)],
+        "steps": [row["step"] for row in histories[0]],
+        "curve": [mean(row["test_accuracy"] for row in rows) for rows in zip(*histories, strict=True)],
     }
 
 
@@ -78,7 +70,8 @@ def write_table(name: str, records: dict[tuple[str, str], list[dict]], file: Pat
         f"Accuracy (%) on {images} after the last step: mean ± std over seeds (n); one seed where there is no ±.",
         f"All runs: `{config['model']}`, {steps} steps of {config['batch_size']} images, learning rate {rates}.",
     ]
-    extra_columns, extra = PAPER.get(name, ([], []))
+    paper_columns, extra = PAPER.get(name, ([], []))
+    extra_columns = [f"paper: {column}" for column in paper_columns]
     if name == "exercises":
         cells = {cell: summary | summarize_heads(records[cell]) for cell, summary in cells.items()}
         extra_columns = ["mean gate", "non-locality", "content-dominated heads (gate < 0.5)"]
@@ -111,10 +104,10 @@ def write_gates(
     for layer, gate in enumerate(last["heads"]["gate"]):
         has_gates = gate[0] is not None
         values = [mean(first["heads"]["gate"][layer]), mean(gate), min(gate)] if has_gates else []
-        distances = [mean(line["heads"]["non_locality"][layer]) for line in (first, last)]
+        distances = [mean(row["heads"]["non_locality"][layer]) for row in (first, last)]
         cells = [f"{value:.2f}" for value in values] or [""] * 3
         table.append([str(layer + 1), *cells, *(f"{distance:.2f}" for distance in distances)])
-    before, after = (f"epoch {line['epoch']}" for line in (first, last))
+    before, after = (f"epoch {row['epoch']}" for row in (first, last))
     head = ["layer", f"mean gate, {before}", after, f"lowest gate, {after}", f"non-locality, {before}", after]
     lines = [
         *markdown(head, table),
@@ -122,9 +115,9 @@ def write_gates(
         f"Run `{run}`. Gate 1: positional attention only; gate 0: content attention only. Non-locality: mean attention "
         f"distance in patches; {uniform:.2f} for uniform attention.",
     ]
-    heads = [{key: line["heads"][key] for key in ("gate", "non_locality")} for line in metrics]
-    record = {"run": run, "uniform": uniform, "epochs": [line["epoch"] for line in metrics], "heads": heads}
-    save(RESULTS / "gates", record, lines, this_process(device), plot_heads(metrics, uniform, maps))
+    heads = [{key: row["heads"][key] for key in ("gate", "non_locality")} for row in metrics]
+    record = {"run": run, "uniform": uniform, "epochs": [row["epoch"] for row in metrics], "heads": heads}
+    save(RESULTS / "gates", record, lines, [{"provenance": [provenance(device)]}], plot_heads(metrics, uniform, maps))
 
 
 def write_masking(run: str, without_pos_embed: float, curves: dict[str, list[float]], device: torch.device):
@@ -150,7 +143,7 @@ def write_masking(run: str, without_pos_embed: float, curves: dict[str, list[flo
     figure.axes[0].axhline(without_pos_embed, color="gray", linestyle="--", label="position embedding masked")
     figure.axes[0].set_ylim(0)
     figure.axes[0].legend(frameon=False)
-    save(RESULTS / "masking", record, lines, this_process(device), figure)
+    save(RESULTS / "masking", record, lines, [{"provenance": [provenance(device)]}], figure)
 
 
 def compare(runs: list[dict], folder: Path):
@@ -159,8 +152,8 @@ def compare(runs: list[dict], folder: Path):
     figure, table = Figure(figsize=(9, 3.2), layout="constrained"), []
     accuracy, gate = figure.subplots(1, 2)
     for run in runs:
-        epochs, values = ([line[key] for line in run["metrics"]] for key in ("epoch", "test_accuracy"))
-        gates = [mean_gate(line) for line in run["metrics"]]
+        epochs, values = ([row[key] for row in run["metrics"]] for key in ("epoch", "test_accuracy"))
+        gates = [mean_gate(row) for row in run["metrics"]]
         accuracy.plot(epochs, values, "o-", markersize=4, label=run["name"])
         gate.plot(epochs, gates, "o-", markersize=4)
         last_gate = "" if np.isnan(gates[-1]) else f"{gates[-1]:.2f}"
@@ -178,9 +171,9 @@ def compare(runs: list[dict], folder: Path):
     write_text(folder / "README.md", "\n".join(lines) + "\n")
 
 
-def mean_gate(line: dict) -> float:
-    """Mean gate of the GPSA layers in a line of metrics; NaN for a plain ViT."""
-    gates = [gate for layer in line["heads"]["gate"] for gate in layer if gate is not None]
+def mean_gate(row: dict) -> float:
+    """Mean gate of the GPSA layers in a row of metrics; NaN for a plain ViT."""
+    gates = [gate for layer in row["heads"]["gate"] for gate in layer if gate is not None]
     return mean(gates) if gates else np.nan
 
 
@@ -189,18 +182,12 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def this_process(device: torch.device) -> list[dict]:
-    """In place of the runs that a result is from: the process that computes it."""
-    return [{"provenance": [provenance(device)]}]
-
-
 def origin(runs: list[dict]) -> dict:
     """The command that is running, and the distinct machines and versions of some runs."""
     keys = ("device", "cpu", "machine", "python", "torch", "torchvision")
-    entries = [{key: entry[key] for key in keys if entry.get(key)} for run in runs for entry in run["provenance"]]
-    hardware = sorted({", ".join(f"{key}: {value}" for key, value in entry.items()) for entry in entries})
-    command = ["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
-    return {"command": shlex.join(command), "hardware": hardware}
+    entries = [entry for run in runs for entry in run["provenance"]]
+    hardware = sorted({", ".join(f"{key}: {entry[key]}" for key in keys if entry.get(key)) for entry in entries})
+    return {"command": provenance(torch.device("cpu"))["command"], "hardware": hardware}
 
 
 def save(file: Path, record: dict, lines: list[str], runs: list[dict], figure: Figure):

@@ -12,7 +12,6 @@ and finished runs (runs.jsonl) go to results/reproduce/, unfinished runs to runs
 import argparse
 import copy
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +20,11 @@ import torch
 from analysis import gates, read_metrics
 from convit_min import MODELS, ConViT
 from experiments import report
-from experiments.sweep import CODE, WORK, Run, Sweep, read_run
+from experiments.sweep import CODE, WORK, RunSpec, Sweep, read_run, run_main
 from images import normalize
 from train_cifar import Config
 from training.config import as_flags, int_at_least
-from training.data import DATASETS, ImageSet, eval_batches, infer_dataset, load_datasets
+from training.data import DATASETS, ImageSet, eval_batches, infer_dataset, load_datasets, sample_indices
 from training.distributed import UserError
 from training.evaluation import evaluate
 from training.optim import AMP_DTYPES
@@ -75,15 +74,15 @@ TABLES = ["sample-efficiency", "ablation", "locality"]
 
 def tables(budget: Budget) -> dict[str, dict[tuple[str, str], dict]]:
     """By table and (row, column), the fields of Config that distinguish the runs of a cell."""
-    model = MODELS[budget.config["model"]]
-    layer_counts = sorted({0, round(model.depth / 3), round(2 * model.depth / 3), model.gpsa_layers})
+    base = MODELS[budget.config["model"]]
+    layer_counts = sorted({0, round(base.depth / 3), round(2 * base.depth / 3), base.gpsa_layers})
     models = {"ConViT": {}, "plain ViT": PLAIN}
     tenth = {"data_fraction": 0.1}
     tuning = tenth | {"val_fraction": 0.1, "epochs": budget.lr_epochs}
 
     def local(layers: int, strength: float) -> dict:
         """Without the defaults, so that the full ConViT and the plain ViT are the runs of other tables."""
-        settings = {} if layers == model.gpsa_layers else {"gpsa_layers": layers}
+        settings = {} if layers == base.gpsa_layers else {"gpsa_layers": layers}
         return settings if strength == 1 or layers == 0 else settings | {"locality_strength": strength}
 
     # fmt: off
@@ -100,7 +99,7 @@ def tables(budget: Budget) -> dict[str, dict[tuple[str, str], dict]]:
     # fmt: on
 
 
-def seed_runs(settings: dict, lr: float | None, args: argparse.Namespace) -> list[Run]:
+def seed_runs(settings: dict, lr: float | None, args: argparse.Namespace) -> list[RunSpec]:
     """The runs of a cell, one per seed: the recipe of the budget with these settings. Their flags make up the name."""
     budget = BUDGETS[args.budget]
     is_shared = settings in ({"data_fraction": 0.1}, {"data_fraction": 0.1} | PLAIN)
@@ -110,7 +109,7 @@ def seed_runs(settings: dict, lr: float | None, args: argparse.Namespace) -> lis
         config = {"dataset": args.dataset, "data_dir": args.data_dir} | budget.config | named
         config |= {"warmup_epochs": config["epochs"] / 10} | ({"amp": args.amp} if args.amp else {})
         name = "_".join(flag.removeprefix("--") for flag in as_flags(named))
-        runs.append(Run(name, as_flags(config), config))
+        runs.append(RunSpec(name, as_flags(config), config))
     return runs
 
 
@@ -139,10 +138,7 @@ def reproduce(args: argparse.Namespace):
     lr = args.lr
     if lr is None:
         cells = train_tables(["learning-rate"], None, args)["learning-rate"]
-        accuracy = {
-            lr: cells[f"{lr:g}", "ConViT"]["mean"] + cells[f"{lr:g}", "plain ViT"]["mean"] for lr in LEARNING_RATES
-        }
-        lr = max(LEARNING_RATES, key=accuracy.get)
+        lr = max(LEARNING_RATES, key=lambda lr: sum(cells[f"{lr:g}", name]["mean"] for name in ("ConViT", "plain ViT")))
         print(f"learning rate: {lr:g}\n")
     train_tables(TABLES if args.command == "all" else [args.command], lr, args)
 
@@ -152,15 +148,17 @@ def open_snapshots(run: Path) -> list[tuple[ConViT, dict]]:
     files = sorted((run / "snapshots").glob("epoch_*.pt"))
     if not files:
         raise UserError(f"{run} has no snapshots; pass a run folder of train_cifar.py as --run")
-    return [open_snapshot(file) for file in (files[0], files[-1])]
+    try:
+        return [open_snapshot(file) for file in (files[0], files[-1])]
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def load_test_set(model: ConViT, args: argparse.Namespace) -> ImageSet:
     """The test set of --data-dir at the image size of a model. Raises UserError if the classes differ in number."""
     dataset = args.dataset or infer_dataset(args.data_dir, Config.data_dir)
-    test_set = load_datasets(
-        dataset, args.data_dir, model.config.img_size, torch.device(Config.device), Config.workers
-    )[1]
+    device, size = torch.device(Config.device), model.config.img_size
+    test_set = load_datasets(dataset, args.data_dir, size, device, Config.workers)[1]
     found, expected = len(test_set.classes), model.config.num_classes
     if found != expected:
         raise UserError(f"{args.data_dir} has {found} classes, but {args.run} was trained on {expected}")
@@ -175,15 +173,14 @@ def show_gates(args: argparse.Namespace):
     rows, columns = config.grid
     if config.gpsa_layers == 0:
         raise UserError(f"{args.run} is a plain ViT: it has no gates")
-    test_set = load_test_set(snapshots[-1][0], args)
-    images = test_set.images.cpu()
-    sample_images = normalize(images[:: max(len(images) // 64, 1)])
+    images = load_test_set(snapshots[-1][0], args).images
+    sample_images = normalize(images[sample_indices(len(images))]).cpu()
     center, maps = rows // 2 * columns + columns // 2, {}
     for model, info in snapshots:
         attention = model(sample_images, return_attention=True)[1][: config.gpsa_layers]
         from_center = torch.stack([layer.mixed[:, :, center].mean(0) for layer in attention])
         maps[f"epoch {info['epoch']}"] = gates(model)[: config.gpsa_layers], from_center.unflatten(2, (rows, columns))
-    report.write_gates(args.run.name, read_metrics(args.run), config.grid, maps, test_set.images.device)
+    report.write_gates(args.run.name, read_metrics(args.run), config.grid, maps, images.device)
 
 
 def masked(model: ConViT, pos_embed: bool = False, content: int = 0, position: int = 0) -> ConViT:
@@ -255,12 +252,7 @@ def main():
         else:
             command.add_argument("--run", type=Path, default=DEMO, help="run folder of train_cifar.py (demo/)")
     args = parser.parse_args()
-    try:
-        COMMANDS[args.command][0](args)
-    except UserError as error:
-        sys.exit(f"reproduce.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nreproduce.py: stopped")
+    run_main(COMMANDS[args.command][0], args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from analysis import read_metrics
-from training.distributed import UserError
+from training.distributed import Stopped, UserError, abort
 
 CODE = Path(__file__).parent.parent
 WORK = Path("runs/sweeps")
@@ -26,7 +26,7 @@ NOT_IDENTITY = {"run", "data_dir", "device", "workers"}  # where a run is traine
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSpec:
     """A run of a sweep."""
 
     name: str  # unique within the sweep
@@ -64,7 +64,7 @@ class Sweep:
                 file.truncate(file.read().rfind(b"\n") + 1)
                 file.write(json.dumps(record).encode() + b"\n")
 
-    def missing(self, runs: list[Run]) -> list[Run]:
+    def missing(self, runs: list[RunSpec]) -> list[RunSpec]:
         """The runs that are not finished. Raises UserError if a finished run of the same name has another config."""
         records = self.records()
         for run in runs:
@@ -73,7 +73,7 @@ class Sweep:
         return [run for run in runs if run.name not in records]
 
     def train_next(
-        self, runs: list[Run], prepare: Callable[[Run], Path] = lambda run: CODE, cwd: Path | None = None
+        self, runs: list[RunSpec], prepare: Callable[[RunSpec], Path] = lambda run: CODE, cwd: Path | None = None
     ) -> bool:
         """Train the first missing run that no other process trains; return False if no run is missing.
 
@@ -97,7 +97,7 @@ class Sweep:
             os.close(lock)
         return True
 
-    def _lock_one(self, runs: list[Run]) -> tuple[Run, int]:
+    def _lock_one(self, runs: list[RunSpec]) -> tuple[RunSpec, int]:
         """Lock the first run that no other process trains; if there is none, wait for the first of all."""
         for operation, candidates in ((fcntl.LOCK_EX | fcntl.LOCK_NB, runs), (fcntl.LOCK_EX, runs[:1])):
             for run in candidates:
@@ -109,7 +109,7 @@ class Sweep:
                     os.close(lock)
             print(f"waiting for {runs[0].name}, which another process trains", flush=True)
 
-    def _train(self, run: Run, code: Path, cwd: Path | None, lock: int) -> dict:
+    def _train(self, run: RunSpec, code: Path, cwd: Path | None, lock: int) -> dict:
         """Train or resume a run, append it to the file and return its record."""
         folder, definition = self.work / run.name, self.work / run.name / "definition.txt"
         resume = ["--resume"] if (folder / "last.pt").exists() else []
@@ -135,13 +135,13 @@ class Sweep:
             record = self.read(folder) | ({"definition": run.definition} if run.definition else {})
             self.append(record)
         if interrupted:
-            raise UserError(f"stopped in the run {run.name}; {RESUME_HINT}")
+            raise Stopped(f"stopped in the run {run.name}; {RESUME_HINT}", 130)
         if process.returncode:
             raise UserError(f"the run {run.name} failed; fix the cause, then {RESUME_HINT}")
         return record
 
 
-def _check(run: Run, record: dict, remedy: str):
+def _check(run: RunSpec, record: dict, remedy: str):
     """Raise UserError if a stored run was trained with another config or definition."""
     for name, value in run.config.items():
         saved = record["config"].get(name)
@@ -150,3 +150,13 @@ def _check(run: Run, record: dict, remedy: str):
             raise UserError(f"{run.name} has {flag_name} {saved}, not {value}; {remedy} to train it again")
     if run.definition != record.get("definition", ""):
         raise UserError(f"{run.name} was trained with other flags or another diff; {remedy} to train it again")
+
+
+def run_main(function: Callable, *args):
+    """Call a function; on a UserError or Ctrl-C, end the process with one line."""
+    try:
+        function(*args)
+    except UserError as error:
+        abort(error)
+    except KeyboardInterrupt:
+        abort(Stopped("stopped", 130))

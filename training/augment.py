@@ -1,8 +1,9 @@
-"""Augmentation of whole batches, on the device that they are on, every image by its own draw.
+"""Augmentation of whole batches on their device, every image with its own random draw.
 
-All draws are PyTorch's own random numbers on that device: torch.manual_seed makes them repeat.
+All draws use PyTorch's generator of that device, so torch.manual_seed makes them reproducible.
 """
 
+import hashlib
 import math
 
 import torch
@@ -11,47 +12,37 @@ from torch import Tensor
 from torch.distributions import Beta
 
 
-def shift(images: Tensor, largest: int) -> Tensor:
-    """Move every image by up to `largest` pixels each way, black coming in: b c H W -> b c H W."""
-    if largest == 0:
+def derive_seed(*key) -> int:
+    """A seed for torch.manual_seed that differs for every tuple of numbers or strings."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
+
+
+def random_crop(images: Tensor, padding: int) -> Tensor:
+    """Random crop after zero-padding each side by `padding` pixels: b c H W -> b c H W."""
+    if padding == 0:
         return images
     b, c, height, width = images.shape
     device = images.device
-    offset = torch.randint(0, 2 * largest + 1, (2, b, 1), device=device)
-    rows, columns = offset[0] + torch.arange(height, device=device), offset[1] + torch.arange(width, device=device)
-    padded = F.pad(images, [largest] * 4)
-    image, channel = torch.arange(b, device=device), torch.arange(c, device=device)
-    return padded[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    offset = torch.randint(0, 2 * padding + 1, (2, b, 1), device=device)
+    rows = (offset[0] + torch.arange(height, device=device))[:, None, :, None]
+    columns = (offset[1] + torch.arange(width, device=device))[:, None, None, :]
+    image = torch.arange(b, device=device)[:, None, None, None]
+    channel = torch.arange(c, device=device)[:, None, None]
+    return F.pad(images, [padding] * 4)[image, channel, rows, columns]
 
 
-def flip(images: Tensor, wanted: bool = True) -> Tensor:
-    """Mirror half of the images left to right, if that is wanted: b c H W -> b c H W."""
-    if not wanted:
+def random_hflip(images: Tensor, enabled: bool = True) -> Tensor:
+    """Flip half of the images horizontally: b c H W -> b c H W."""
+    if not enabled:
         return images
-    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(mirrored, images.flip(-1), images)
+    flipped = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(flipped, images.flip(-1), images)
 
 
-def colour_jitter(images: Tensor, strength: float) -> Tensor:
-    """Change brightness, contrast and saturation, each by its own factor 1 - strength .. 1 + strength.
+def random_erasing(images: Tensor, probability: float) -> Tensor:
+    """Fill a rectangle of some normalized images (b c H W) with noise, pixel by pixel.
 
-    Pictures of 0..255 (b 3 H W) in, float ones out.
-    """
-    if strength == 0:
-        return images
-    factors = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, device=images.device) - 1)
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]  # of luma (ITU-R 601)
-    images = images * factors[0]
-    grey = (images * weights).sum(dim=1, keepdim=True)
-    images = torch.lerp(grey.mean(dim=(2, 3), keepdim=True), images, factors[1])
-    grey = (images * weights).sum(dim=1, keepdim=True)
-    return torch.lerp(grey, images, factors[2]).clamp(0, 255)
-
-
-def erase(images: Tensor, probability: float) -> Tensor:
-    """Fill a rectangle with noise in some of the images, normalised ones (b c H W): random erasing, pixel by pixel.
-
-    As in the recipe of DeiT: 2% to a third of the area, sides 3:10 to 10:3.
+    As in DeiT's recipe: 2% to a third of the area, aspect ratio 3:10 to 10:3.
     """
     if probability == 0:
         return images
@@ -61,49 +52,44 @@ def erase(images: Tensor, probability: float) -> Tensor:
     box_height, box_width = (area * aspect).sqrt().clamp(max=height), (area / aspect).sqrt().clamp(max=width)
     top = torch.rand(b, device=images.device) * (height - box_height)
     left = torch.rand(b, device=images.device) * (width - box_width)
-    inside = _inside(top, left, top + box_height, left + box_width, height, width)
-    chosen = torch.rand(b, 1, 1, 1, device=images.device) < probability
-    return torch.where(inside & chosen, torch.randn_like(images), images)
+    box = _box_mask(top, left, top + box_height, left + box_width, height, width)
+    erased = torch.rand(b, 1, 1, 1, device=images.device) < probability
+    return torch.where(box & erased, torch.randn_like(images), images)
 
 
-def mix(images: Tensor, targets: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Mixup or cutmix, half and half where both are on: b c H W and b k -> the same, targets mixed in proportion.
+def mixup_cutmix(images: Tensor, targets: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+    """Mixup or cutmix, each with probability 1/2 if both are on: (b c H W) (b k) -> mixed images and targets.
 
-    `mixup` and `cutmix` are the parameters of their Beta distributions; 0 switches one off.
+    `mixup` and `cutmix` are the parameters of their Beta distributions; 0 turns one off.
     """
     if mixup == cutmix == 0:
         return images, targets
     b, _, height, width = images.shape
     device = images.device
-    share = torch.ones(b, 1, height, width, device=device)  # of an image in each of its own pixels
+    weight = torch.ones(b, 1, height, width, device=device)  # of each image in its own pixels
     if mixup > 0:
-        share = share * _beta(mixup, b, device)[:, None, None, None]
+        weight = weight * _sample_beta(mixup, b, device)[:, None, None, None]
     if cutmix > 0:
-        side = (1 - _beta(cutmix, b, device)).sqrt()
+        side = (1 - _sample_beta(cutmix, b, device)).sqrt()
         y, x = torch.rand(b, device=device) * height, torch.rand(b, device=device) * width
         half_height, half_width = side * height / 2, side * width / 2
-        box = _inside(y - half_height, x - half_width, y + half_height, x + half_width, height, width)
-        cut = torch.rand(b, 1, 1, 1, device=device) < (0.5 if mixup > 0 else 1.0)
-        share = torch.where(cut, (~box).float(), share)
+        box = _box_mask(y - half_height, x - half_width, y + half_height, x + half_width, height, width)
+        use_cutmix = torch.rand(b, 1, 1, 1, device=device) < (0.5 if mixup > 0 else 1.0)
+        weight = torch.where(use_cutmix, (~box).float(), weight)
     partner = torch.randperm(b, device=device)
-    own = share.mean(dim=(1, 2, 3))[:, None]
-    return torch.lerp(images[partner], images, share), torch.lerp(targets[partner], targets, own)
+    target_weight = weight.mean(dim=(1, 2, 3))[:, None]
+    return torch.lerp(images[partner], images, weight), torch.lerp(targets[partner], targets, target_weight)
 
 
-def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
-    """One-hot targets with a share `smoothing` spread over all classes: b -> b k."""
-    return F.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
-
-
-def _beta(parameter: float, b: int, device: torch.device) -> Tensor:
-    """Draws from Beta(parameter, parameter): b."""
+def _sample_beta(parameter: float, b: int, device: torch.device) -> Tensor:
+    """Samples of Beta(parameter, parameter): b."""
     parameters = torch.full((b,), parameter, device=device)
-    return Beta(parameters, parameters, validate_args=False).sample()  # the check would wait for the device
+    return Beta(parameters, parameters, validate_args=False).sample()  # validation would synchronize with the GPU
 
 
-def _inside(top: Tensor, left: Tensor, bottom: Tensor, right: Tensor, height: int, width: int) -> Tensor:
-    """Which pixels have their middle in the box of their image: b 1 H W."""
+def _box_mask(top: Tensor, left: Tensor, bottom: Tensor, right: Tensor, height: int, width: int) -> Tensor:
+    """Which pixels have their center in the box of their image: b 1 H W."""
     y = torch.arange(height, device=top.device)[:, None] + 0.5
     x = torch.arange(width, device=top.device) + 0.5
-    top, left, bottom, right = (side[:, None, None] for side in (top, left, bottom, right))
+    top, left, bottom, right = (edge[:, None, None] for edge in (top, left, bottom, right))
     return ((y >= top) & (y < bottom) & (x >= left) & (x < right))[:, None]

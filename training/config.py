@@ -1,17 +1,63 @@
-"""What both training scripts share before their loops: the flags beside the recipe, and the model they make."""
+"""Flags of the training scripts, generated from a dataclass, and the model that they describe."""
 
+import argparse
 import dataclasses
+import json
 import os
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar, get_args
 
 import torch
 
-from convit_min import MODELS, ConViT, ConViTConfig, create_model, freeze_gpsa, load_weights
-from training.distributed import say, world_size
-from training.flags import at_least, flag, fraction
+from convit_min import MODELS, ConViT, ConViTConfig, create_model
+from training.distributed import UserError, print0, world_size
+from weights import load_weights
+
+ConfigType = TypeVar("ConfigType")
+
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # available to each process of this machine
+
+# flags that may change on --resume: they set where and how fast a run trains, or how long
+CHANGEABLE = {"data_dir", "run", "resume", "eval", "weights", "device", "compile", "workers", "save_every"}
+CHANGEABLE |= {"tensorboard", "skip_bad_images", "epochs", "lr"}
+RENAMED_FLAGS = {  # old name in a run folder -> new name
+    "shift": "crop_padding",
+    "flip": "hflip",
+    "hold_out": "val_fraction",
+    "accumulate": "grad_accum_steps",
+    "plain_epochs": "mixup_off_epochs",
+    "repeats": "aug_repeats",
+    "epoch_steps": "steps_per_epoch",
+}
+
+
+def flag(default, text: str, **options):
+    """A dataclass field that is also a command-line flag; `options` go to argparse's add_argument."""
+    return dataclasses.field(default=default, metadata={"help": text, **options})
+
+
+def int_at_least(minimum: int):
+    """An argparse type: an integer of at least `minimum`."""
+
+    def integer(text: str) -> int:
+        if not text.isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {minimum}")
+        return int(text)
+
+    return integer
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number above 0 and at most 1."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    return float(text)
 
 
 def interval(text: str) -> str:
@@ -21,114 +67,191 @@ def interval(text: str) -> str:
     return text
 
 
-cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # given to us
-CORES = max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8))  # for each process of this machine
-
-
 @dataclass
 class RunConfig:
-    """Flags of both scripts; each adds its data sets and its recipe."""
+    """Flags of both scripts; each script adds its datasets and its recipe."""
 
-    data_fraction: float = flag(1.0, "train on this share of every class, drawn by --seed", type=fraction)
-    scale_epochs: bool = flag(False, "1 / --data-fraction times the epochs: as many steps as with all data (Table 2)")
-
-    model: str = flag("convit_tiny", "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
-    weights: str | None = flag(None, "start from these: a file, or the name of released ones; a new head where needed")
-    img_size: int | None = flag(None, "side in pixels; by default the model's own", type=at_least(1))
-    patch_size: int | None = flag(None, "side of a patch in pixels; by default the model's own", type=at_least(1))
-    gpsa_layers: int | None = flag(None, "blocks that use GPSA; by default the model's own", type=at_least(0))
-    locality_strength: float = flag(1.0, "alpha of the convolutional init")
-    conv_init: bool = flag(True, "start GPSA as a convolution")
-    gating: str = flag("learned", "frozen keeps the gates where they start", choices=["learned", "frozen"])
-    gate_init: float = flag(1.0, "the gates before training, as logits: 1 is 0.73 position, 0 is half and half")
-    freeze_gpsa: bool = flag(False, "do not train the attention of GPSA at all: qk, v, position and gates")
-    pool: str = flag("token", "classify from the class token or the mean of patch tokens", choices=["token", "mean"])
-    drop_path: float = flag(0.0, "stochastic depth of the last block")
-
-    warmup_epochs: float = flag(5.0, "linear warm-up")
-    epochs: int = flag(300, "passes over the training set", type=at_least(1))
-    batch_size: int = flag(512, "pictures a step, over all processes", type=at_least(1))
-    epoch_steps: int | None = flag(
-        None, "steps of an epoch, so between evaluations; by default one pass over the training set", type=at_least(1)
+    # data
+    data_fraction: float = flag(1.0, "fraction of every class to train on, drawn with --seed", type=fraction)
+    scale_epochs: bool = flag(False, "multiply the epochs by 1 / --data-fraction: as many steps as on all data")
+    val_fraction: float | None = flag(
+        None, "evaluate on this fraction of the training set, split off, instead of the test set", type=fraction
     )
-    accumulate: int = flag(1, "parts that a batch is computed in, where it does not fit in memory", type=at_least(1))
-    clip_grad: float = flag(0.0, "largest norm of the gradient; 0 is no limit")
-    flip: bool = flag(True, "mirror half of the pictures; not for digits or letters")
-    plain_epochs: int = flag(0, "how many epochs at the end go without mixup and cutmix", type=at_least(0))
-
-    seed: int = flag(0, "of the initial weights, the order and the augmentation")
+    # model
+    model: str = flag("convit_tiny", "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
+    weights: str | None = flag(
+        None, "initialize from a file or released model; the head is replaced if class counts differ"
+    )
+    img_size: int | None = flag(None, "image size in pixels (default: the model's)", type=int_at_least(1))
+    patch_size: int | None = flag(None, "patch size in pixels (default: the model's)", type=int_at_least(1))
+    gpsa_layers: int | None = flag(None, "number of GPSA blocks (default: the model's)", type=int_at_least(0))
+    locality_strength: float = flag(1.0, "alpha of the convolutional initialization")
+    conv_init: bool = flag(True, "initialize GPSA as a convolution")
+    gating: str = flag("learned", "frozen keeps the gates at --gate-init", choices=["learned", "frozen"])
+    gate_init: float = flag(1.0, "initial gates, as logits: 1 gives 0.73, 0 gives 0.5")
+    freeze_gpsa: bool = flag(False, "freeze the attention of GPSA: qk, v, positions, and gates")
+    pool: str = flag("token", "classify from the class token or the mean of patch tokens", choices=["token", "mean"])
+    drop_path: float = flag(0.0, "stochastic depth rate of the last block")
+    # optimization
+    epochs: int = flag(300, "number of epochs", type=int_at_least(1))
+    steps_per_epoch: int | None = flag(
+        None, "steps between evaluations (default: one pass over the training set)", type=int_at_least(1)
+    )
+    batch_size: int = flag(512, "global batch size, over all processes", type=int_at_least(1))
+    grad_accum_steps: int = flag(1, "gradient accumulation: micro-batches per step", type=int_at_least(1))
+    warmup_epochs: float = flag(5.0, "linear warm-up")
+    clip_grad: float = flag(0.0, "max gradient norm (0: off)")
+    hflip: bool = flag(True, "random horizontal flip; turn it off for digits or letters")
+    mixup_off_epochs: int = flag(0, "final epochs without mixup and cutmix", type=int_at_least(0))
+    # execution
+    seed: int = flag(0, "of the initial weights, the order of images, and augmentation")
     amp: str = flag(
-        "off", "mixed precision; alone means bf16", nargs="?", const="bf16", choices=["off", "bf16", "fp16"]
+        "off", "mixed precision; without a value: bf16", nargs="?", const="bf16", choices=["off", "bf16", "fp16"]
     )
     compile: bool = flag(False, "torch.compile the model")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu", choices=["cuda", "cpu"])
-    tensorboard: bool = flag(False, "write events for TensorBoard, too")
-    run: str = flag("runs/run", "the folder to write")
-    save_every: str | None = flag(
-        None, "save within epochs, too: every so many steps, or minutes as in 10m", type=interval
-    )
-    resume: bool = flag(False, "go on with the run in --run where it was last saved")
-    eval: bool = flag(False, "only evaluate: --weights, or else the best of --run")
+    # run folder
+    run: str = flag("runs/run", "run folder to write")
+    tensorboard: bool = flag(False, "also write TensorBoard events")
+    save_every: str | None = flag(None, "also save every N steps, or N minutes as in 10m", type=interval)
+    resume: bool = flag(False, "resume from last.pt in --run")
+    eval: bool = flag(False, "only evaluate --weights, or best.pt of --run")
 
     def __post_init__(self):
         if self.eval and not self.weights:
             self.weights = f"{self.run}/best.pt"
 
-    def check(self, count: int):
-        """Raise ValueError where `count` training pictures cannot be shared out as asked, or a package is missing."""
-        if self.tensorboard and not find_spec("tensorboard"):
-            raise ValueError("--tensorboard needs a package: pip install tensorboard")
-        if self.amp == "bf16" and self.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ValueError("this GPU has no bf16: use --amp fp16")
-        processes = world_size() * self.accumulate
-        if self.batch_size % processes:
-            raise ValueError(
-                f"--batch-size {self.batch_size} must be a multiple of processes x --accumulate = {processes}"
-            )
-        if count < self.batch_size and not self.eval:
-            raise ValueError(f"{count} training pictures are fewer than --batch-size {self.batch_size}: lower it")
-        if self.epoch_steps and self.scale_epochs:
-            raise ValueError("--epoch-steps and --scale-epochs both say how long a run is: leave one of them out")
-        if self.warmup_epochs >= self.total_epochs() and not self.eval:
-            say(f"note: the {self.warmup_epochs:g} epochs of --warmup-epochs last the whole run")
+    @property
+    def device_batch_size(self) -> int:
+        """Images per forward pass of one process."""
+        return self.batch_size // (world_size() * self.grad_accum_steps)
 
+    @property
     def total_epochs(self) -> int:
-        """The epochs of the whole run."""
+        """Epochs of the whole run, after --scale-epochs."""
         return round(self.epochs / self.data_fraction) if self.scale_epochs else self.epochs
 
-    def epoch_length(self, count: int) -> int:
-        """The pictures of an epoch, where there are `count` to train on."""
-        return self.epoch_steps * self.batch_size if self.epoch_steps else count
+    def epoch_length(self, num_train: int) -> int:
+        """Training images per epoch."""
+        return self.steps_per_epoch * self.batch_size if self.steps_per_epoch else num_train
 
+    def check(self, num_train: int):
+        """Raise UserError for a batch size that cannot be split, or a package or precision that is not available."""
+        num_splits = world_size() * self.grad_accum_steps
+        if self.tensorboard and not find_spec("tensorboard"):
+            raise UserError("--tensorboard needs a package: pip install tensorboard")
+        if self.amp == "bf16" and self.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError("this GPU does not support bf16: use --amp fp16")
+        if self.batch_size % num_splits:
+            raise UserError(
+                f"--batch-size {self.batch_size} must be a multiple of processes x --grad-accum-steps = {num_splits}"
+            )
+        if num_train < self.batch_size and not self.eval:
+            raise UserError(f"--batch-size {self.batch_size} exceeds the {num_train} training images: lower it")
+        if self.steps_per_epoch and self.scale_epochs:
+            raise UserError("--steps-per-epoch and --scale-epochs both set the length of a run: leave one of them out")
+        if self.warmup_epochs >= self.total_epochs and not self.eval:
+            print0(f"note: --warmup-epochs {self.warmup_epochs:g} covers the whole run")
 
-# what a run may be resumed with otherwise than it began: where and how it runs, how long and how fast it learns
-MAY_CHANGE = {"data_dir", "run", "resume", "eval", "weights", "device", "compile", "workers", "save_every"}
-MAY_CHANGE |= {"tensorboard", "skip_bad_images", "epochs", "lr"}
+    def check_same_run(self, saved: dict):
+        """Raise UserError if a flag differs from the saved run and may not change on --resume."""
+        for name, value in vars(self).items():
+            if name not in CHANGEABLE and value != saved.get(name):
+                flag_name = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"the run has {flag_name} {saved.get(name)}, not {value}: omit the flag, or choose another --run"
+                )
 
 
 def build_model(config: RunConfig, num_classes: int) -> ConViT:
-    """The model that the flags describe. Raises ValueError for what cannot work, and for weights that do not fit."""
-    names = {field.name for field in dataclasses.fields(ConViTConfig)} & vars(config).keys()
-    changes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    model = create_model(config.model, num_classes=num_classes, **changes)
+    """The model that the flags describe, with --weights loaded. Raises UserError if it cannot work."""
+    fields = {field.name for field in dataclasses.fields(ConViTConfig)} & vars(config).keys()
+    overrides = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
+    try:
+        model = create_model(config.model, num_classes=num_classes, **overrides)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if config.weights and (config.eval or not config.resume):
         with warnings.catch_warnings():
-            if config.eval:  # a head that does not fit stays random: fine to start from, senseless to evaluate
+            if config.eval:  # a replaced head is fine for training, but useless for evaluation
                 warnings.simplefilter("error", UserWarning)
             try:
                 load_weights(model, config.weights)
             except UserWarning as warning:
-                raise ValueError(f"--eval needs weights with the same classes: {warning}") from warning
+                raise UserError(f"--eval needs weights with the same classes: {warning}") from warning
+            except (ValueError, OSError) as error:
+                raise UserError(str(error)) from error
     if config.freeze_gpsa:
         freeze_gpsa(model)
     return model
 
 
-def same_run(config: RunConfig, saved: dict):
-    """Raise ValueError where --resume comes with other flags than the run has that its state depends on."""
-    for name, now in vars(config).items():
-        if name not in MAY_CHANGE and now != saved.get(name):
-            flag_name = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"the run has {flag_name} {saved.get(name)}, not {now}: leave the flag out, or choose another --run"
-            )
+def freeze_gpsa(model: ConViT):
+    """Freeze the attention of all GPSA blocks (qk, v, positions, gates), but not proj: "frozen" in Table 3."""
+    for index in model.config.gpsa_blocks:
+        model.blocks[index].attn.requires_grad_(False)
+        model.blocks[index].attn.proj.requires_grad_(True)
+
+
+def parse_flags(config_class: type[ConfigType], description: str) -> ConfigType:
+    """Parse the command line. --config FILE, and --resume with the run's config.json, replace the defaults.
+
+    Exits with one line, as argparse does, for an unknown flag, an invalid value, or a config file that does not match.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="repeat a run from its config.json; other flags override it")
+    for field in dataclasses.fields(config_class):
+        options = dict(field.metadata)
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options.setdefault("type", (get_args(field.type) or [field.type])[0])  # str of "str | None"
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
+
+    args = parser.parse_args()
+    of_run = args.resume or (args.eval and not args.weights)  # then the flags are those of the run in --run
+    file = args.config or (Path(args.run) / "config.json" if of_run else None)
+    if file:
+        args = parser.parse_args([*_read_flags(parser, config_class, file), *sys.argv[1:]])  # validated like typed ones
+    values = vars(args)
+    del values["config"]
+    return config_class(**values)
+
+
+def as_flags(values: dict) -> list[str]:
+    """Config values as command-line flags; None, which stands for a default, is left out."""
+    flags = []
+    for name, value in values.items():
+        flag_name = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag_name}" if value else f"--no-{flag_name}")
+        elif value is not None:
+            flags.append(f"--{flag_name}={value}")
+    return flags
+
+
+def _read_flags(parser: argparse.ArgumentParser, config_class: type, file: str | Path) -> list[str]:
+    """The flags in a config.json, except those of one invocation (--run, --resume, --eval) or of a machine."""
+    try:
+        values = json.loads(Path(file).read_text())
+    except OSError as error:
+        parser.error(f"no run to resume, repeat, or evaluate: {file} cannot be opened ({error.strerror})")
+    except ValueError:
+        values = None
+    names = {field.name for field in dataclasses.fields(config_class)}
+    if isinstance(values, dict) and (old := values.keys() & RENAMED_FLAGS.keys() - names):
+        renamed = ", ".join(
+            f"--{name} is now --{RENAMED_FLAGS[name]}".replace("_", "-") for name in RENAMED_FLAGS if name in old
+        )
+        parser.error(
+            f"{file} is of an older version ({renamed}): start a new run with the new flags, for example from its "
+            "best.pt with --weights"
+        )
+    if not isinstance(values, dict) or not values.keys() <= names:
+        parser.error(f"{file} is not a config.json of this script")
+    excluded = ("run", "resume", "eval", "device", "workers")
+    return as_flags({name: value for name, value in values.items() if name not in excluded})
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description as written, and shows the default of every flag."""

@@ -1,8 +1,8 @@
-"""Pictures for training: whole data sets as uint8 tensors on the device, augmented there, image by image."""
+"""Datasets that fit in memory: CIFAR, folders of small images, and patterns, as uint8 tensors on the device."""
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -15,213 +15,257 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from pictures import middle, open_picture
-from training.distributed import local_rank, rank, wait, world_size
-from training.loop import stream
+from convit_min import MODELS
+from images import center_crop, load_image, normalize
+from training.augment import derive_seed
+from training.distributed import UserError, barrier, local_rank, print0, rank, world_size
 from training.patterns import TEXTURES, patterns
 
 CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 DATASETS = [*CIFAR, "folder", "patterns"]
+NUM_SAMPLES = 64  # images on which the heads are measured every epoch
 
 
-class Pictures(NamedTuple):
-    """A labelled set of pictures of one size."""
+class ImageSet(NamedTuple):
+    """Labeled images of one size."""
 
-    images: Tensor  # uint8, n c H W
+    images: Tensor  # uint8, n 3 H W
     labels: Tensor  # int64, n
     classes: list[str]
 
-    def to(self, device: torch.device) -> "Pictures":
+    def to(self, device: torch.device) -> "ImageSet":
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
-    def pick(self, chosen: Tensor) -> "Pictures":
-        """The pictures of these indices, or where a mask is True."""
-        return self._replace(images=self.images[chosen], labels=self.labels[chosen])
+    def select(self, index: Tensor) -> "ImageSet":
+        """The images of these indices, or where a mask is True."""
+        index = index.to(self.images.device)
+        return self._replace(images=self.images[index], labels=self.labels[index])
 
 
-def load_pictures(
+class InMemoryData:
+    """The training and evaluation images of a run, in the memory of its device."""
+
+    def __init__(self, config, device: torch.device):
+        """Raises UserError, saying what to do, if images are missing or unusable."""
+        config.dataset = config.dataset or infer_dataset(config.data_dir, type(config).data_dir)
+        img_size = config.img_size or MODELS[config.model].img_size
+        train, test = load_datasets(config.dataset, config.data_dir, img_size, device, config.workers)
+        if config.val_fraction:
+            train, test = split_train_val(train, config.val_fraction, config.seed)
+        if config.data_fraction < 1:
+            train = train.select(stratified_subset(train.labels.cpu(), config.data_fraction, config.seed))
+        self.config, self.train, self.test = config, train, test
+        self.classes, self.num_train = train.classes, len(train.labels)
+        self.sample_images = normalize(test.images[sample_indices(len(test.labels))])
+        split = "validation" if config.val_fraction else "test"
+        print0(f"{config.dataset} in {config.data_dir}: {self.num_train} training and {len(test.labels)} {split} "
+               f"images of {len(self.classes)} classes; {config.model}, {device}")  # fmt: skip
+
+    def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels in 0..255 (b 3 H W) and labels (b) of this process, for every step of an epoch from the first on."""
+        length = self.config.epoch_length(self.num_train)
+        order = epoch_order(self.num_train, self.config.seed, epoch, length=length).to(self.train.labels.device)
+        for indices in shard_batches(order, self.config.batch_size, first_step):
+            yield self.train.images[indices], self.train.labels[indices]
+
+    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All evaluation images once, over all processes."""
+        return eval_batches(self.test, self.config.device_batch_size)
+
+
+def load_datasets(
     dataset: str, data_dir: str, img_size: int, device: torch.device, workers: int = 1
-) -> tuple[Pictures, Pictures]:
-    """The training and the test set, on the device.
-
-    Raises ValueError or FileNotFoundError, saying what to do, where pictures are missing or unusable.
-    """
+) -> tuple[ImageSet, ImageSet]:
+    """The training and the test set, on the device. Raises UserError if images are missing or unusable."""
     if dataset == "folder":
         train, test = load_folder(Path(data_dir), img_size, workers)
     elif dataset == "patterns":
-        train, test = (generate(count, split, img_size) for count, split in ((20_000, "train"), (2_000, "test")))
+        train, test = load_patterns(img_size)
     else:
         train, test = load_cifar(dataset, data_dir, img_size)
     return train.to(device), test.to(device)
 
 
-def guess_dataset(data_dir: str, default_dir: str) -> str:
-    """What data_dir is for: "folder" if it holds train/, "cifar10" if it holds that or is where that goes by default.
+def infer_dataset(data_dir: str, default_dir: str) -> str:
+    """Return "folder" if data_dir contains train/, "cifar10" if it contains CIFAR-10 or is the default folder.
 
-    Raises FileNotFoundError for any other, which is more likely a slip than a place to download to.
+    Raises UserError for any other folder, which is probably a typo.
     """
     if (Path(data_dir) / "train").is_dir():
         return "folder"
     if data_dir == default_dir or (Path(data_dir) / CIFAR["cifar10"].base_folder).is_dir():
         return "cifar10"
-    raise FileNotFoundError(f"{data_dir} holds no train/CLASS/*; to download CIFAR-10 to it, add --dataset cifar10")
+    raise UserError(f"{data_dir} does not contain train/CLASS/*; to download CIFAR-10 there, add --dataset cifar10")
 
 
-def load_cifar(dataset: str, data_dir: str, img_size: int = 32) -> tuple[Pictures, Pictures]:
-    """CIFAR-10 or CIFAR-100 from data_dir, downloaded and checked by torchvision where it is not there yet."""
+def load_cifar(dataset: str, data_dir: str, img_size: int = 32) -> tuple[ImageSet, ImageSet]:
+    """CIFAR-10 or CIFAR-100; torchvision downloads and verifies it if data_dir does not contain it."""
     if local_rank() > 0:
-        wait()  # until the first process of this machine has downloaded it
+        barrier()  # local rank 0 downloads
     sets = []
     for train in (True, False):
         try:
             cifar = CIFAR[dataset](data_dir, train=train, download=True)
         except (OSError, RuntimeError) as error:  # no network, a refused download, a damaged archive
-            raise FileNotFoundError(
+            raise UserError(
                 f"{dataset} is not in {data_dir} and could not be downloaded ({error}); put its archive there, "
-                "or train on your own pictures with --data-dir DIR (DIR/train/CLASS/*, DIR/test/CLASS/*)"
+                "or train on your own images with --data-dir DIR (DIR/train/CLASS/*, DIR/test/CLASS/*)"
             ) from error
         images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-        sets.append(Pictures(scale(images, img_size), torch.tensor(cifar.targets), cifar.classes))
+        sets.append(ImageSet(resize(images, img_size), torch.tensor(cifar.targets), cifar.classes))
     if local_rank() == 0:
-        wait()
+        barrier()
     return sets[0], sets[1]
 
 
-def generate(count: int, split: str, img_size: int) -> Pictures:
-    """The generated patterns of a split."""
-    images, labels = patterns(count, split)
-    return Pictures(scale(images, img_size), labels, TEXTURES)
+def load_patterns(img_size: int) -> tuple[ImageSet, ImageSet]:
+    """The synthetic patterns dataset: 20,000 training and 2,000 test images."""
+    sets = []
+    for count, split in ((20_000, "train"), (2_000, "test")):
+        images, labels = patterns(count, split)
+        sets.append(ImageSet(resize(images, img_size), labels, TEXTURES))
+    return sets[0], sets[1]
 
 
-def scale(images: Tensor, size: int) -> Tensor:
-    """Square pictures (... 3 H H) as pictures of size x size."""
+def resize(images: Tensor, size: int) -> Tensor:
+    """Square images (... 3 H H) resized to size x size."""
     if images.shape[-1] == size:
         return images
-    parts = images.split(1000)  # the arithmetic takes four bytes where a pixel takes one
-    return torch.cat([v2.functional.resize(part, [size, size]) for part in parts])
+    chunks = images.split(1000)  # resizing takes four bytes per uint8 pixel
+    return torch.cat([v2.functional.resize(chunk, [size, size]) for chunk in chunks])
 
 
-def load_folder(root: Path, img_size: int, workers: int = 1) -> tuple[Pictures, Pictures]:
-    """A tree train/CLASS/* and test/CLASS/* or val/CLASS/*; of each picture the middle square, img_size wide."""
-    train, test = list_tree(root)
+def load_folder(root: Path, img_size: int, workers: int = 1) -> tuple[ImageSet, ImageSet]:
+    """A tree train/CLASS/* and test/CLASS/* or val/CLASS/*; images are center-cropped to squares of img_size."""
+    train, test = find_splits(root)
     if train.keys() != test.keys():
-        odd = some(train.keys() ^ test.keys())
-        raise ValueError(f"training and test folders of {root} must have the same classes; only one of them has {odd}")
+        unmatched = summarize_names(train.keys() ^ test.keys())
+        raise UserError(f"the training and test sets of {root} must have the same classes; unmatched: {unmatched}")
     return decode(train, img_size, workers, "train"), decode(test, img_size, workers, "test")
 
 
-def list_tree(root: Path, held_out: tuple[str, str] = ("test", "val")) -> tuple[dict, dict]:
-    """The files of every class in train/ and in the first of `held_out` that is there.
+def find_splits(root: Path, eval_splits: tuple[str, str] = ("test", "val")) -> tuple[dict, dict]:
+    """Image files by class in train/ and in the first of `eval_splits` that exists.
 
-    Raises FileNotFoundError or ValueError for folders that cannot be trained on.
+    Raises UserError for folders that cannot be trained on.
     """
     train_dir = root / "train"
-    test_dir = root / held_out[0] if (root / held_out[0]).is_dir() else root / held_out[1]
+    test_dir = root / eval_splits[0] if (root / eval_splits[0]).is_dir() else root / eval_splits[1]
     if not (train_dir.is_dir() and test_dir.is_dir()):
-        raise FileNotFoundError(f"{root} must hold pictures as train/CLASS/* and test/CLASS/* (or val/CLASS/*)")
-    train, test = list_pictures(train_dir), list_pictures(test_dir)
+        raise UserError(f"{root} must contain train/CLASS/* and test/CLASS/* (or val/CLASS/*)")
+    train, test = find_images(train_dir), find_images(test_dir)
     if len(train) < 2:
-        raise ValueError(f"{train_dir} holds one class only, {next(iter(train))}: add a second to tell it from")
+        raise UserError(f"{train_dir} contains a single class, {next(iter(train))}; at least two are needed")
     if not test.keys() <= train.keys():
-        raise ValueError(f"{test_dir} has classes that {train_dir} lacks: {some(test.keys() - train.keys())}")
+        unknown = summarize_names(test.keys() - train.keys())
+        raise UserError(f"{test_dir} has classes that are missing from {train_dir}: {unknown}")
     return train, test
 
 
-def some(names: set[str]) -> str:
+def find_images(folder: Path) -> dict[str, list[Path]]:
+    """The files of every class folder, both sorted by name; hidden files are skipped. Raises UserError."""
+    try:
+        classes = {
+            entry.name: sorted(
+                Path(file.path) for file in os.scandir(entry) if file.is_file() and not file.name.startswith(".")
+            )
+            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)  # faster than Path for 1.3M files
+            if entry.is_dir() and not entry.name.startswith(".")
+        }
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    if not classes:
+        raise UserError(f"{folder} contains no class folders; put the images into {folder}/CLASS/")
+    for name, files in classes.items():
+        if not files:
+            raise UserError(f"{folder / name} contains no images; add some, or remove the folder")
+    return classes
+
+
+def summarize_names(names: Collection[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(sorted(names)[:5]) + more
 
 
-def list_pictures(folder: Path) -> dict[str, list[Path]]:
-    """The files of every class folder, both sorted by name; hidden ones are passed over."""
-    classes = {
-        entry.name: sorted(
-            Path(file.path) for file in os.scandir(entry) if file.is_file() and not file.name.startswith(".")
-        )
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)  # scandir: ImageNet is 1.3 million files
-        if entry.is_dir() and not entry.name.startswith(".")
-    }
-    if not classes:
-        raise FileNotFoundError(f"{folder} holds no class folders; put the pictures into {folder}/CLASS/")
-    for name, files in classes.items():
-        if not files:
-            raise FileNotFoundError(f"{folder / name} holds no pictures; fill it, or remove the folder")
-    return classes
-
-
-def flatten(tree: dict[str, list[Path]], classes: list[str]) -> tuple[list[Path], Tensor]:
-    """The files of a tree, class after class, and the number of its class for each; a class may have none."""
+def flatten_tree(tree: dict[str, list[Path]], classes: list[str]) -> tuple[list[Path], Tensor]:
+    """The files of a tree, class by class, and their labels (n); a class may be empty."""
     files = [file for name in classes for file in tree.get(name, [])]
     return files, torch.tensor([label for label, name in enumerate(classes) for _ in tree.get(name, [])])
 
 
-def decode(classes: dict[str, list[Path]], img_size: int, workers: int, name: str) -> Pictures:
-    """Read all pictures, in parallel, into one uint8 tensor."""
-    files, labels = flatten(classes, list(classes))
+def decode(tree: dict[str, list[Path]], img_size: int, workers: int, split: str) -> ImageSet:
+    """Decode all images, in parallel, into one uint8 tensor. Raises UserError for a file that is not an image."""
+    files, labels = flatten_tree(tree, list(tree))
     images = torch.empty(len(files), 3, img_size, img_size, dtype=torch.uint8)
 
     def read(index: int):
-        images[index] = to_tensor(middle(open_picture(files[index]), img_size, img_size))
+        images[index] = to_tensor(center_crop(load_image(files[index]), img_size, img_size))
 
-    with ThreadPoolExecutor(max(workers, 1)) as pool:  # Pillow decodes outside Python's lock
+    with ThreadPoolExecutor(max(workers, 1)) as pool:  # Pillow releases the GIL while it decodes
+        results = pool.map(read, range(len(files)))
         try:
-            for _ in tqdm(pool.map(read, range(len(files))), f"reading {name}", len(files), leave=False, disable=None):
+            for _ in tqdm(results, f"reading {split}", len(files), leave=False, disable=None):
                 pass
-        except ValueError:
+        except ValueError as error:
             pool.shutdown(cancel_futures=True)
-            raise
-    return Pictures(images, labels, list(classes))
+            raise UserError(str(error)) from error
+    return ImageSet(images, labels, list(tree))
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> Tensor:
     """Pixels as uint8, 3 H W."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """Indices of a share of every class, at least one picture of each, drawn by the seed; in order."""
-    generator = torch.Generator().manual_seed(stream(seed, "subset"))
+def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Sorted indices of a random fraction of every class, at least one image each."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "subset"))
     order = torch.randperm(len(labels), generator=generator)
-    chosen = []
+    selected = []
     for label in labels.unique().tolist():
-        own = order[labels[order] == label]
-        chosen.append(own[: max(round(fraction * len(own)), 1)])
-    return torch.cat(chosen).sort().values
+        of_class = order[labels[order] == label]
+        selected.append(of_class[: max(round(fraction * len(of_class)), 1)])
+    return torch.cat(selected).sort().values
 
 
-def hold_out(pictures: Pictures, share: float, seed: int) -> tuple[Pictures, Pictures]:
-    """All pictures but a share of every class, drawn by the seed, and that share. Raises ValueError if it is all."""
-    held_back = torch.zeros_like(pictures.labels, dtype=torch.bool)
-    held_back[subset(pictures.labels.cpu(), share, seed).to(held_back.device)] = True
-    if held_back.all():
-        raise ValueError(f"--hold-out {share:g} leaves nothing to train on: lower it")
-    return pictures.pick(~held_back), pictures.pick(held_back)
+def split_train_val(image_set: ImageSet, val_fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Split off a random fraction of every class for validation. Raises UserError if no training image is left."""
+    is_val = torch.zeros(len(image_set.labels), dtype=torch.bool)
+    is_val[stratified_subset(image_set.labels.cpu(), val_fraction, seed)] = True
+    if is_val.all():
+        raise UserError(f"--val-fraction {val_fraction:g} leaves no training images: lower it")
+    return image_set.select(~is_val), image_set.select(is_val)
 
 
-def epoch_order(count: int, seed: int, epoch: int, repeats: int = 1, length: int | None = None) -> Tensor:
-    """The pictures of an epoch in their order; with repeats, each comes that often in a row, and others wait.
+def epoch_order(num_train: int, seed: int, epoch: int, repeats: int = 1, length: int | None = None) -> Tensor:
+    """Indices of the training images in the order of an epoch.
 
-    An epoch is one pass over all `count` pictures. If it is to have another `length`, passes follow one another, each
-    in its own order, and every epoch goes on where the one before ended.
-    The same for every number of processes, and for a run that is resumed.
+    An epoch is one pass over all images; with repeats, each selected image appears that often in a row, in place of
+    others. With another `length`, epochs are consecutive slices of the sequence of all passes.
+    The order depends neither on the number of processes nor on whether a run was resumed.
     """
-    length = length or count
-    first, end = (epoch - 1) * length, epoch * length  # places in the row of all passes
+    length = length or num_train
+    start, end = (epoch - 1) * length, epoch * length  # in the sequence of all passes
     passes = []
-    for number in range(first // count, math.ceil(end / count)):
-        generator = torch.Generator().manual_seed(stream(seed, "order", number + 1))
-        passes.append(torch.randperm(count, generator=generator).repeat_interleave(repeats)[:count])
-    return torch.cat(passes)[first % count :][:length]
+    for index in range(start // num_train, math.ceil(end / num_train)):
+        generator = torch.Generator().manual_seed(derive_seed(seed, "order", index + 1))
+        passes.append(torch.randperm(num_train, generator=generator).repeat_interleave(repeats)[:num_train])
+    return torch.cat(passes)[start % num_train :][:length]
 
 
-def share_of_steps(order: Tensor, batch_size: int, first: int = 0) -> Iterator[Tensor]:
-    """What this process takes of every batch from the first on; a last short batch is left out."""
-    for step in range(first, len(order) // batch_size):
+def shard_batches(order: Tensor, batch_size: int, first_step: int = 0) -> Iterator[Tensor]:
+    """This process's share of every global batch from `first_step` on; an incomplete last batch is dropped."""
+    for step in range(first_step, len(order) // batch_size):
         yield order[step * batch_size : (step + 1) * batch_size][rank() :: world_size()]
 
 
-def test_batches(pictures: Pictures, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All pictures once: this process's share of them."""
-    images, labels = (part[rank() :: world_size()] for part in (pictures.images, pictures.labels))
+def eval_batches(image_set: ImageSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of all images, every image once."""
+    images, labels = (tensor[rank() :: world_size()] for tensor in (image_set.images, image_set.labels))
     return zip(images.split(batch_size), labels.split(batch_size), strict=True)
+
+
+def sample_indices(num_images: int) -> Tensor:
+    """Evenly spaced indices, so that sorted classes are all represented."""
+    return torch.linspace(0, num_images - 1, min(num_images, NUM_SAMPLES)).long()

@@ -1,4 +1,4 @@
-"""One process or many under torchrun; every function here means the same in a single process."""
+"""Single- and multi-process training under torchrun: every function here also works without torchrun."""
 
 import multiprocessing
 import os
@@ -12,87 +12,100 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class UserError(Exception):
+    """Something the user can change: the message says in one sentence what is wrong and what to do."""
+
+    status = 1  # of the process that ends with it
+
+
+class Stopped(UserError):
+    """A signal stopped training, and its state was saved."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
 def rank() -> int:
-    """Which process this is; 0 is the one that writes and prints."""
+    """Index of this process; rank 0 writes files and prints."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_rank() -> int:
-    """Which process of its machine this is."""
+    """Index of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def job() -> str | None:
-    """A name for all that one torchrun command starts, restarts after failures included; None without torchrun."""
+def job_id() -> str | None:
+    """An id of the torchrun job, the same after an automatic restart; None without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"torchrun {os.getppid()}" if name == "none" else name
 
 
-def restarted() -> bool:
-    """Whether torchrun has started these processes again, because some of them had died."""
-    return largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0  # not every machine counts every time
+def was_restarted() -> bool:
+    """Whether torchrun has restarted the job after a failure."""
+    return all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))) > 0  # machines may count differently
 
 
-def start(device_type: str) -> torch.device:
-    """Join the group of processes that torchrun has made, if it has; return the device of this process.
+def init(device_type: str) -> torch.device:
+    """Join the process group if torchrun started this process; return the device to use.
 
-    Raises ValueError where there is no GPU for it.
+    Raises UserError if there is no GPU for this process.
     """
-    index, processes = local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device_type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("--device cuda: PyTorch finds no CUDA device on this machine")
-        if processes > torch.cuda.device_count():
-            raise ValueError(f"torchrun's --nproc-per-node is more than the {torch.cuda.device_count()} GPUs here")
-        torch.cuda.set_device(index)
-        torch.set_float32_matmul_precision("high")  # TF32 where no --amp is given
+            raise UserError("--device cuda: PyTorch finds no CUDA device on this machine")
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+            raise UserError(f"torchrun's --nproc-per-node exceeds the {torch.cuda.device_count()} GPUs of this machine")
+        torch.cuda.set_device(local_rank())
+        torch.set_float32_matmul_precision("high")  # TF32 without --amp
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
-    return torch.device(device_type, index) if device_type == "cuda" else torch.device("cpu")
+    return torch.device("cuda", local_rank()) if device_type == "cuda" else torch.device("cpu")
 
 
-def say(message: str):
-    """Print, once for all processes."""
+def print0(message: str):
+    """Print on rank 0 only."""
     if rank() == 0:
         print(message, flush=True)
 
 
-def leave(message: str, status: int = 1) -> NoReturn:
-    """End the process; the first one of every machine says why."""
+def abort(error: UserError) -> NoReturn:
+    """Print an error once per machine, terminate data workers, and exit."""
     if local_rank() == 0:
-        print(f"\n{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the DataLoader would complain of what comes now
+        print(f"\n{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader reports the workers terminated below
     for worker in multiprocessing.active_children():
         worker.terminate()
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.exit(status)
+    sys.exit(error.status)
 
 
-def finish():
-    """Leave the group together: a process that is gone early would bring the others down as they end."""
-    wait()
+def cleanup():
+    """Leave the process group, all ranks together: no rank exits while others still communicate."""
     if dist.is_initialized():
+        barrier()
         dist.destroy_process_group()
 
 
-def wait():
-    """Go on once all processes have come here."""
-    largest(0)
+def barrier():
+    """Wait for all processes."""
+    all_reduce_max(0)
 
 
-def mean(value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes."""
-    return total(value) / world_size()
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """Mean over all processes."""
+    return all_reduce_sum(value) / world_size()
 
 
-def total(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes."""
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Sum over all processes."""
     if not dist.is_initialized():
         return value
     value = value.clone()
@@ -100,10 +113,10 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-def largest(value: int) -> int:
-    """The largest of the numbers that the processes give."""
+def all_reduce_max(value: int) -> int:
+    """Maximum over all processes of a Python number."""
     if not dist.is_initialized():
         return value
-    agreed = torch.tensor(value)  # on the CPU: it waits for no GPU
-    dist.all_reduce(agreed, dist.ReduceOp.MAX)
-    return int(agreed)
+    maximum = torch.tensor(value)  # on the CPU: no CUDA synchronization
+    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    return int(maximum)

@@ -1,9 +1,8 @@
-"""Full-size pictures from files: worker processes decode and crop them, every draw a function of seed and place."""
+"""Large image folders such as ImageNet: worker processes decode and crop, every random draw derived from the seed."""
 
 import math
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,175 +15,173 @@ from torchvision.transforms import InterpolationMode, RandAugment, RandomResized
 from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
-from pictures import open_picture
+from convit_min import MODELS
+from images import load_image, normalize
+from training.augment import derive_seed
 from training.data import (
-    Pictures,
     epoch_order,
-    flatten,
-    list_pictures,
-    list_tree,
-    load_pictures,
-    scale,
-    share_of_steps,
+    find_images,
+    find_splits,
+    flatten_tree,
+    sample_indices,
+    shard_batches,
+    stratified_subset,
     to_tensor,
 )
-from training.distributed import rank, world_size
-from training.loop import stream
-from training.patterns import SIZE as PATTERN_SIZE
+from training.distributed import UserError, print0, rank, world_size
 
-EVAL_CROP = 0.875  # of the shorter side: 224 of 256, as usual for ImageNet
+EVAL_CROP = 0.875  # of the shorter side: 224 of 256, the standard for ImageNet
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a damaged file
 
 
-class PictureFiles(Dataset):
-    """Labelled picture files, read on demand. An item is an image (uint8, 3 size size), its label, and its own index.
+class ImageFolderDataset(Dataset):
+    """Labeled image files, decoded on demand: an item is an image (uint8, 3 size size), its label, and an error.
 
-    Items are asked for by (index, seed); the index that comes back is negative, -1 - index, where the file could not be
-    read, and the image then that of the next one that could.
+    Items are requested by (index, seed). The error is empty, or names a file that cannot be read; image and label are
+    then those of the next readable file.
     """
 
-    def __init__(self, files: list[Path], labels: Tensor, size: int, augment: int | None = None):
-        """`augment` is the magnitude of RandAugment (0..10) for training, None for evaluation."""
-        self.files = np.array([os.fsencode(file) for file in files])  # one block, which forked workers share
-        self.labels, self.size, self.augment = labels, size, augment
+    def __init__(self, files: list[Path], labels: Tensor, size: int, rand_augment: int | None = None):
+        """`rand_augment` is the magnitude of RandAugment (0..10) for training, None for evaluation."""
+        self.files = np.array([os.fsencode(file) for file in files])  # a single block, shared by forked workers
+        self.labels, self.size, self.rand_augment = labels, size, rand_augment
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
-        index, seed = key
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, str]:
+        first, seed = key
         torch.manual_seed(seed)
-        for other in range(len(self.files)):
-            place = (index + other) % len(self.files)
+        for attempt in range(len(self.files)):
+            index = (first + attempt) % len(self.files)
             try:
-                image = self.read(self.path(place))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow's words for a bad file
+                image = self.read(self.path(index))
+            except UNREADABLE:
                 continue
-            return image, int(self.labels[place]), index if other == 0 else -1 - index
-        raise ValueError("none of the pictures can be read")
+            error = "" if attempt == 0 else f"{self.path(first)} is not a readable image"
+            return image, int(self.labels[index]), error
+        raise UserError("none of the images can be read")
 
     def path(self, index: int) -> Path:
-        """The file of a picture."""
+        """The file of an image."""
         return Path(os.fsdecode(self.files[index]))
 
     def read(self, file: Path) -> Tensor:
-        """The part of a picture to train or evaluate on. Raises what Pillow raises for a bad file."""
-        if self.augment is None:
-            return to_tensor(evaluation_crop(file, self.size))
-        part = random_resized_crop(file, self.size)
-        if self.augment > 0:  # eleven steps from nothing to the most, so that 9 is the m9 of DeiT's recipe
-            part = RandAugment(2, self.augment, num_magnitude_bins=11)(part)
-        return to_tensor(part)
+        """Decode a file and crop it for training or evaluation. Raises one of UNREADABLE for a damaged file."""
+        if self.rand_augment is None:
+            return to_tensor(eval_crop(file, self.size))
+        image = random_resized_crop(file, self.size)
+        if self.rand_augment > 0:  # bins 0..10, so that 9 is the m9 of DeiT's recipe
+            image = RandAugment(2, self.rand_augment, num_magnitude_bins=11)(image)
+        return to_tensor(image)
+
+
+class StreamedData:
+    """The training and evaluation images of a run, decoded by worker processes ahead of time."""
+
+    def __init__(self, config, device: torch.device):
+        """Raises UserError, saying what to do, if folders are missing or unusable."""
+        size = config.img_size or MODELS[config.model].img_size
+        train, test = find_imagenet(Path(config.data_dir), config.eval)
+        self.config, self.device, self.classes = config, device, list(train)
+        self.train = ImageFolderDataset(*flatten_tree(train, self.classes), size, config.rand_augment)
+        self.test = ImageFolderDataset(*flatten_tree(test, self.classes), size)
+        labels, indices = self.train.labels, torch.arange(len(self.train))
+        if config.val_fraction:
+            is_val = torch.zeros(len(labels), dtype=torch.bool)
+            is_val[stratified_subset(labels, config.val_fraction, config.seed)] = True
+            val_files = [self.train.path(index) for index in indices[is_val].tolist()]
+            self.test, indices = ImageFolderDataset(val_files, labels[is_val], size), indices[~is_val]
+        self.train_indices = indices[stratified_subset(labels[indices], config.data_fraction, config.seed)]
+        self.num_train = len(self.train_indices)
+        samples = [self.test[index, 0][0] for index in sample_indices(len(self.test)).tolist()]
+        self.sample_images = normalize(torch.stack(samples).to(device))
+        print0(f"{config.dataset} in {config.data_dir}: {self.num_train} training and {len(self.test)} validation "
+               f"images of {len(self.classes)} classes; {config.model}, {device}")  # fmt: skip
+
+    def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels in 0..255 (b 3 H W) and labels (b) of this process, for every step of an epoch from the first on."""
+        config, length = self.config, self.config.epoch_length(self.num_train)
+        order = epoch_order(self.num_train, config.seed, epoch, config.aug_repeats, length)
+        indices, seed = self.train_indices[order].tolist(), derive_seed(config.seed, "images", epoch)
+        shards = shard_batches(torch.arange(length), config.batch_size, first_step)
+        batches = [[(indices[position], seed + position) for position in shard.tolist()] for shard in shards]
+        return self._load(self.train, batches, config.skip_bad_images)
+
+    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All evaluation images once, over all processes."""
+        keys = [(index, 0) for index in range(rank(), len(self.test), world_size())]
+        size = self.config.device_batch_size
+        return self._load(self.test, [keys[start : start + size] for start in range(0, len(keys), size)])
+
+    def _load(self, dataset: Dataset, batches: list, skip_bad: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels on the device. Raises UserError for an unreadable file, unless they are to be skipped."""
+        pin = self.device.type == "cuda"
+        workers = self.config.workers
+        loader = DataLoader(
+            dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=_defer_signals
+        )
+        for images, labels, errors in loader:
+            for error in filter(None, errors):
+                if not skip_bad:
+                    raise UserError(
+                        f"{error}: repair or remove it (or, in training, add --skip-bad-images), then --resume"
+                    )
+                tqdm.write(f"{error}; the next one replaces it")
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+def find_imagenet(root: Path, evaluating: bool) -> tuple[dict, dict]:
+    """Image files by class in train/ and val/ (or test/). To evaluate, val/ suffices, and then stands for both.
+
+    Raises UserError, saying what to do, if the folders are missing or unusable.
+    """
+    if (root / "train").is_dir():
+        return find_splits(root, eval_splits=("val", "test"))
+    if evaluating and (root / "val").is_dir():
+        val = find_images(root / "val")
+        return val, val
+    raise UserError(
+        f"{root} must contain ImageNet as train/WNID/*.JPEG and val/WNID/*.JPEG (or your images as train/CLASS/*, "
+        "val/CLASS/*); without data, try --dataset patterns, or train_cifar.py, which downloads CIFAR-10"
+    )
 
 
 def random_resized_crop(file: Path, size: int) -> Image.Image:
-    """A random part of a picture, 8 to 100% of its area, sides 3:4 to 4:3, scaled to size x size."""
-    picture, box = decode_part(file, size)
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    """A random crop of an image, 8 to 100% of its area, aspect ratio 3:4 to 4:3, resized to size x size."""
+    image, box = decode_crop(file, size)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
-def decode_part(file: Path, size: int) -> tuple[Image.Image, tuple[float, float, float, float]]:
-    """A picture in RGB and the box in it for random_resized_crop.
+def decode_crop(file: Path, size: int) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """An image in RGB and the box in it for `random_resized_crop`.
 
-    A JPEG is decoded at the smallest of its built-in scales that still has `size` pixels in the box.
+    A JPEG is decoded at the smallest of its built-in scales that leaves `size` pixels in the box.
     """
-    with Image.open(file) as picture:
-        if picture.format != "JPEG":  # 16 bits, transparency
-            picture = open_picture(file)
-        top, left, height, width = RandomResizedCrop.get_params(picture, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
-        full_width, full_height = picture.size
-        picture.draft("RGB", (math.ceil(full_width * size / width), math.ceil(full_height * size / height)))
-        x, y = picture.width / full_width, picture.height / full_height
-        return picture.convert("RGB"), (left * x, top * y, (left + width) * x, (top + height) * y)
+    with Image.open(file) as image:
+        if image.format != "JPEG":  # may have 16 bits or transparency
+            image = load_image(file)
+        top, left, height, width = RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
+        full_width, full_height = image.size
+        image.draft("RGB", (math.ceil(full_width * size / width), math.ceil(full_height * size / height)))
+        x, y = image.width / full_width, image.height / full_height
+        return image.convert("RGB"), (left * x, top * y, (left + width) * x, (top + height) * y)
 
 
-def evaluation_crop(file: Path, size: int) -> Image.Image:
-    """The middle of a picture, 7/8 of its shorter side, scaled to size x size."""
-    with Image.open(file) as picture:
-        whole = picture.convert("RGB") if picture.format == "JPEG" else open_picture(file)
-        part = resize(whole, round(size / EVAL_CROP), InterpolationMode.BICUBIC)
-    return center_crop(part, [size, size])
+def eval_crop(file: Path, size: int) -> Image.Image:
+    """The center of an image, 7/8 of its shorter side, resized to size x size."""
+    with Image.open(file) as image:
+        image = image.convert("RGB") if image.format == "JPEG" else load_image(file)
+        resized = resize(image, round(size / EVAL_CROP), InterpolationMode.BICUBIC)
+    return center_crop(resized, [size, size])
 
 
-class Generated(Dataset):
-    """Pictures that are in memory already, behind the interface of PictureFiles."""
+def _defer_signals(_):
+    """Workers ignore SIGINT and delay SIGTERM by 10 s, so that the main process can finish and save its step."""
 
-    def __init__(self, pictures: Pictures, size: int):
-        self.images, self.labels, self.size = pictures.images, pictures.labels, size
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
-        return scale(self.images[key[0]], self.size), int(self.labels[key[0]]), key[0]
-
-
-def open_tree(
-    root: Path, size: int, magnitude: int, evaluating: bool = False
-) -> tuple[PictureFiles, PictureFiles, list[str]]:
-    """The training and the validation pictures of a tree train/CLASS/*, val/CLASS/*, and the names of the classes.
-
-    To evaluate, val/ is enough; it then stands for both.
-    Raises ValueError or FileNotFoundError, saying what to do, where the tree is not one.
-    """
-    if evaluating and not (root / "train").is_dir() and (root / "val").is_dir():
-        train = val = list_pictures(root / "val")
-    elif not (root / "train").is_dir():
-        raise FileNotFoundError(
-            f"{root} must hold ImageNet as train/WNID/*.JPEG and val/WNID/*.JPEG (or your pictures as train/CLASS/*, "
-            "val/CLASS/*); to try without, --dataset patterns, or train_cifar.py, which downloads CIFAR-10"
-        )
-    else:
-        train, val = list_tree(root, held_out=("val", "test"))
-    classes = list(train)
-    return PictureFiles(*flatten(train, classes), size, magnitude), PictureFiles(*flatten(val, classes), size), classes
-
-
-def generated(size: int) -> tuple[Generated, Generated, list[str]]:
-    """What open_tree gives, of the generated patterns."""
-    train, test = load_pictures("patterns", "", PATTERN_SIZE, torch.device("cpu"))
-    return Generated(train, size), Generated(test, size), train.classes
-
-
-def training_batches(
-    indices: Tensor, batch_size: int, seed: int, epoch: int, first: int, repeats: int, length: int | None = None
-) -> list:
-    """What a DataLoader asks a data set for, in this process, from step `first` of an epoch on: (index, seed) pairs."""
-    order = indices[epoch_order(len(indices), seed, epoch, repeats, length)].tolist()
-    base = stream(seed, "pictures", epoch)
-    places = share_of_steps(torch.arange(len(order)), batch_size, first)
-    return [[(order[place], base + place) for place in batch.tolist()] for batch in places]
-
-
-def evaluation_batches(count: int, batch_size: int) -> list:
-    """All pictures once: this process's share of them."""
-    own = [(index, 0) for index in range(rank(), count, world_size())]
-    return [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-
-
-def load(
-    dataset: Dataset, batches: list, workers: int, device: torch.device, skip_bad: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (uint8) and labels on the device, decoded by worker processes ahead of time.
-
-    Ends the process at a file that cannot be read, naming it; with skip_bad, names it and takes another picture.
-    """
-    pin = device.type == "cuda"
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=_linger)
-    for images, labels, indices in loader:
-        for index in indices[indices < 0].tolist():
-            problem = f"{dataset.path(-1 - index)} cannot be read as a picture"
-            if not skip_bad:
-                sys.exit(f"\n{problem}: mend or remove it (or, in training, add --skip-bad-images), then --resume")
-            tqdm.write(f"{problem}; the next one took its place")
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
-def _linger(_):
-    """A worker leaves signals, which a terminal or Slurm sends to all, to the process that trains, for ten seconds."""
-
-    def note(number: int, _):
-        signal.alarm(10)  # time to finish the step and save
+    def terminate_later(number: int, _):
+        signal.alarm(10)
         signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGTERM, terminate_later)

@@ -1,48 +1,52 @@
-"""A generated set of pictures whose label takes both a look at texture and a comparison of two far-apart places.
+"""A synthetic dataset whose label requires both local texture and a comparison of two distant positions.
 
-Every picture shows four squares on noise: a plain one, the cue, and three with textures, each in a colour of its own.
-The label is the texture that has the cue's colour. Textures alone leave three candidates, so a third of the answers
-right; which of them it is, only another place in the picture tells.
+Every image shows four squares on noise: a plain one, the cue, and three textured ones, each in its own color. The label
+is the texture whose color matches the cue. Textures alone leave three candidates, so accuracy without the cue is capped
+at 1/3; attention from one square to another resolves it.
 """
 
 import torch
+from torch import Tensor
 
-from training.loop import stream
+from training.augment import derive_seed
 
 TEXTURES = ["rows", "columns", "diagonals", "checks"]
-COLOURS = torch.tensor([[230, 90, 60], [70, 190, 80], [80, 110, 240]])  # red, green, blue
+COLORS = torch.tensor([[230, 90, 60], [70, 190, 80], [80, 110, 240]])  # red, green, blue
 SQUARE = 8  # pixels
 SIZE = 32
 
 
-def patterns(count: int, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (uint8, n 3 32 32) and labels (n), always the same ones for a split ("train", "test")."""
-    generator = torch.Generator().manual_seed(stream("patterns", split))
+def patterns(count: int, split: str) -> tuple[Tensor, Tensor]:
+    """Images (uint8, n 3 32 32) and labels (n), the same for every call with a split ("train" or "test")."""
+    generator = torch.Generator().manual_seed(derive_seed("patterns", split))
 
-    def draw(high: int, *shape: int) -> torch.Tensor:
+    def randint(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=generator)
 
-    def shuffled(n: int) -> torch.Tensor:
+    def permutations(n: int) -> Tensor:
         return torch.rand(count, n, generator=generator).argsort(dim=1)
 
+    # textures as 8 x 8 masks; the last one, all ones, is the cue
     y, x = torch.arange(SQUARE)[:, None], torch.arange(SQUARE)
-    stripes = torch.stack([(y + 0 * x) // 2 % 2, (0 * y + x) // 2 % 2, (x + y) // 2 % 2, (y // 2 + x // 2) % 2])
-    stripes = torch.cat([stripes, torch.ones_like(stripes[:1])])  # the last, all ones, is the cue
+    masks = torch.stack([(y + 0 * x) // 2 % 2, (0 * y + x) // 2 % 2, (x + y) // 2 % 2, (y // 2 + x // 2) % 2])
+    masks = torch.cat([masks, torch.ones_like(masks[:1])])
 
-    # cells of a 3 x 3 grid; squares lie on whole patches, or a nano model needs far longer
-    cells, textures, colours = shuffled(9)[:, :4], shuffled(4)[:, :3], shuffled(3)
-    answer = draw(3, count, 1)  # which of the three textures the cue asks for
-    textures_of = torch.cat([textures, torch.full_like(answer, 4)], dim=1)
-    colours_of = torch.cat([colours, colours.gather(1, answer)], dim=1)
-    top = (3 * (cells // 3) + draw(2, count, 4)).clamp(max=6) * 4
-    left = (3 * (cells % 3) + draw(2, count, 4)).clamp(max=6) * 4
+    # cells of a 3 x 3 grid, textures, and colors; squares are aligned with patches, or a nano model trains far longer
+    cells, textures, colors = permutations(9)[:, :4], permutations(4)[:, :3], permutations(3)
+    answer = randint(3, count, 1)  # which of the three textured squares the cue matches
+    textures_and_cue = torch.cat([textures, torch.full_like(answer, 4)], dim=1)
+    colors_and_cue = torch.cat([colors, colors.gather(1, answer)], dim=1)
+    top = (3 * (cells // 3) + randint(2, count, 4)).clamp(max=6) * 4
+    left = (3 * (cells % 3) + randint(2, count, 4)).clamp(max=6) * 4
 
-    images = draw(60, count, 3, SIZE, SIZE).to(torch.int16) + 70
-    picture, channel = torch.arange(count)[:, None, None, None], torch.arange(3)[:, None, None]
+    # draw the squares on noise
+    images = randint(60, count, 3, SIZE, SIZE).to(torch.int16) + 70
+    image, channel = torch.arange(count)[:, None, None, None], torch.arange(3)[:, None, None]
     for square in range(4):
-        inverted = draw(2, count, 1, 1) * (textures_of[:, square, None, None] < 4)  # stripes begin dark or bright
-        bright = stripes[textures_of[:, square]] ^ inverted
-        pixels = COLOURS[colours_of[:, square]][:, :, None, None] * bright[:, None]
+        texture = textures_and_cue[:, square]
+        inverted = randint(2, count, 1, 1) * (texture[:, None, None] < 4)  # textures start dark or bright
+        mask = masks[texture] ^ inverted
+        pixels = COLORS[colors_and_cue[:, square]][:, :, None, None] * mask[:, None]
         rows, columns = top[:, square, None, None, None] + y, left[:, square, None, None, None] + x
-        images[picture, channel, rows, columns] = pixels.to(torch.int16)
+        images[image, channel, rows, columns] = pixels.to(torch.int16)
     return images.to(torch.uint8), textures.gather(1, answer)[:, 0]

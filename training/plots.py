@@ -1,4 +1,4 @@
-"""The pictures of a run, from its metrics: curves.png, gates.png, nonlocality.png."""
+"""The plots of a run, from its metrics: curves.png, gates.png, nonlocality.png."""
 
 from pathlib import Path
 
@@ -7,31 +7,33 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure, SubFigure
 
 
-def draw_run(metrics: list[dict], run: Path, uniform_non_locality: float):
-    """Write all three pictures into the run folder."""
-    draw_curves(metrics).savefig(run / "curves.png", dpi=120)
+def plot_run(metrics: list[dict], run_dir: Path, uniform_non_locality: float):
+    """Write all three plots into the run folder."""
+    plot_curves(metrics).savefig(run_dir / "curves.png", dpi=120)
     if np.isfinite(_stack(metrics, "gate")).any():
-        draw_gates(metrics).savefig(run / "gates.png", dpi=120)
-    draw_non_locality(metrics, uniform_non_locality).savefig(run / "nonlocality.png", dpi=120)
+        plot_gates(metrics).savefig(run_dir / "gates.png", dpi=120)
+    plot_non_locality(metrics, uniform_non_locality).savefig(run_dir / "nonlocality.png", dpi=120)
 
 
-def draw_curves(metrics: list[dict]) -> Figure:
+def plot_curves(metrics: list[dict]) -> Figure:
     """Loss and accuracy over epochs."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    epochs = [line["epoch"] for line in metrics]
-    loss.plot(epochs[1:], [line["train_loss"] for line in metrics[1:]], label="training (augmented, smoothed labels)")
-    loss.plot(epochs, [line["test_loss"] for line in metrics], label="test")
+    epochs = [record["epoch"] for record in metrics]
+    loss.plot(
+        epochs[1:], [record["train_loss"] for record in metrics[1:]], label="training (augmented, smoothed labels)"
+    )
+    loss.plot(epochs, [record["test_loss"] for record in metrics], label="test")
     loss.set(xlabel="epoch", ylabel="cross-entropy")
     loss.legend(frameon=False)
-    accuracy.plot(epochs, [line["test_accuracy"] for line in metrics], color="tab:orange")
+    accuracy.plot(epochs, [record["test_accuracy"] for record in metrics], color="tab:orange")
     accuracy.set(xlabel="epoch", ylabel="test accuracy (%)")
     return figure
 
 
-def draw_gates(metrics: list[dict], figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
-    """sigmoid(gate) of every head over epochs, a panel a GPSA layer, the mean in black (Fig. 6 of the paper)."""
-    epochs, gate = [line["epoch"] for line in metrics], _stack(metrics, "gate")
+def plot_gates(metrics: list[dict], figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
+    """The gate of every head over epochs, one panel per GPSA layer, the mean in black (Fig. 6 of the paper)."""
+    epochs, gate = [record["epoch"] for record in metrics], _stack(metrics, "gate")
     layers = [layer for layer in range(gate.shape[1]) if np.isfinite(gate[:, layer]).all()]
     figure = figure or Figure(figsize=(1.2 + 1.9 * len(layers), 2.8), layout="constrained")
     panels = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
@@ -39,28 +41,28 @@ def draw_gates(metrics: list[dict], figure: Figure | SubFigure | None = None) ->
         lines = panel.plot(epochs, gate[:, layer], linewidth=1)
         lines += panel.plot(epochs, gate[:, layer].mean(axis=1), color="black", linewidth=2)
         panel.set(title=f"layer {layer + 1}", xlabel="epoch", ylim=(0, 1))
-    panels[0].set_ylabel("gate: 0 content, 1 position")
+    panels[0].set_ylabel("gate (0: content, 1: position)")
     names = [*(f"head {head + 1}" for head in range(gate.shape[2])), "mean"]
     figure.legend(lines, names, loc="outside right upper", frameon=False, fontsize="small")
     return figure
 
 
-def draw_non_locality(
+def plot_non_locality(
     metrics: list[dict], uniform: float, figure: Figure | SubFigure | None = None
 ) -> Figure | SubFigure:
-    """Mean attended distance of every layer over epochs, and that of uniform attention (Fig. 5 of the paper)."""
-    epochs, distance = [line["epoch"] for line in metrics], _stack(metrics, "non_locality").mean(axis=2)
+    """Mean attention distance of every layer over epochs, and that of uniform attention (Fig. 5 of the paper)."""
+    epochs, distance = [record["epoch"] for record in metrics], _stack(metrics, "non_locality").mean(axis=2)
     figure = figure or Figure(figsize=(6, 3.6), layout="constrained")
     panel = figure.subplots()
-    colours = colormaps["viridis"](np.linspace(0, 0.9, distance.shape[1]))
-    for layer, colour in enumerate(colours):
-        panel.plot(epochs, distance[:, layer], color=colour, label=f"layer {layer + 1}")
-    panel.axhline(uniform, color="grey", linestyle="--", label="uniform attention")
+    colors = colormaps["viridis"](np.linspace(0, 0.9, distance.shape[1]))
+    for layer, color in enumerate(colors):
+        panel.plot(epochs, distance[:, layer], color=color, label=f"layer {layer + 1}")
+    panel.axhline(uniform, color="gray", linestyle="--", label="uniform attention")
     panel.set(xlabel="epoch", ylabel="non-locality (patches)", ylim=(0, None))
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
 def _stack(metrics: list[dict], name: str) -> np.ndarray:
-    """epochs x layers x heads, NaN where a plain block has no such number."""
-    return np.array([line["heads"][name] for line in metrics], dtype=float)
+    """A head statistic as epochs x layers x heads; NaN for self-attention layers."""
+    return np.array([record["heads"][name] for record in metrics], dtype=float)

@@ -1,60 +1,287 @@
-"""What a run shows while it trains, and what it writes at the end of an epoch."""
+"""A run folder while it trains: locked, resumable, saved on SIGTERM or Ctrl-C, and reported on at every epoch.
 
+The training loop calls steps(), after_step(), and end_epoch(). A run never calls the model.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
 import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from analysis import head_statistics, read_metrics, uniform_non_locality
+from analysis import HeadStatistics, read_metrics, uniform_non_locality
 from training import checkpoint, distributed
-from training.plots import draw_run
+from training.augment import derive_seed
+from training.distributed import Stopped, UserError, print0, rank
+from training.plots import plot_run
+
+PLOT_INTERVAL = 30  # seconds; epochs may be shorter than plotting
 
 
-def progress_bar(epoch: int, done: int, total: int) -> tqdm:
-    """Pictures a second and the time left of an epoch, on a terminal, once for all processes."""
-    hidden = True if distributed.rank() > 0 else None  # None: where nobody watches
-    return tqdm(initial=done, total=total, desc=f"epoch {epoch}", unit="img", leave=False, disable=hidden)
+class Run:
+    """The state of training. `components` (model, ema, optimizer, scaler) are saved in last.pt and restored from it.
 
-
-def end_epoch(run: Path, parts: dict, config, metrics: dict, classes: list[str], probe: Tensor, state: dict):
-    """Write all files of a run for the epoch in `metrics`, and move `state`, where the run stands, to the next.
-
-    `probe` are normalised pictures (b 3 H W) to watch the heads on. Raises OSError where there is no room.
+    train_state["epoch"] and ["step_in_epoch"] count finished steps; random numbers need no state, since every draw is
+    derived from the seed, the step, and the rank.
     """
-    epoch, model, accuracy, best = metrics["epoch"], parts["ema"].module, metrics["test_accuracy"], state["best"]
-    state |= {"epoch": epoch + 1, "index": 0, "loss_sum": 0.0, "best": max(best, accuracy)}
-    if distributed.rank() > 0:
-        return
-    tokens = math.prod(model.config.grid)
-    at_once = max(1, min(16, 2**20 // tokens**2))  # all their maps are in memory
-    heads = head_statistics(model, probe, batch_size=at_once)
-    metrics = metrics | {"heads": {name: checkpoint.nested_list(value) for name, value in heads._asdict().items()}}
-    if accuracy > best:
-        checkpoint.save_weights(model, classes, epoch, run / "best.pt")
-    if epoch in checkpoint.snapshot_epochs(config.total_epochs()):
-        checkpoint.save_weights(model, classes, epoch, run / "snapshots" / f"epoch_{epoch:04d}.pt", half=True)
-    checkpoint.append_metrics(run, metrics)
-    if "images_per_second" in metrics:
-        checkpoint.record_cost(run, metrics["images_per_second"])
-    checkpoint.save_last(run, parts, config, state)
-    draw_run(read_metrics(run), run, uniform_non_locality(model.config.grid))
-    if config.tensorboard:
-        write_events(run, metrics, heads)
-    gate = "" if heads.gate.isnan().all() else f"  mean gate {heads.gate.nanmean():.2f}"
-    print(f"epoch {epoch:3}  test accuracy {accuracy:.2f}% (best {state['best']:.2f}%)  "
-          f"loss {metrics['test_loss']:.3f}{gate}", flush=True)  # fmt: skip
+
+    def __init__(self, config, data, device: torch.device, **components):
+        """Start a run, or resume it. Raises UserError, on all ranks, if that is not possible."""
+        self.dir, self.config, self.data, self.device = Path(config.run), config, data, device
+        self.components = components
+        self.steps_per_epoch = config.epoch_length(data.num_train) // config.batch_size
+        self.train_state = {"epoch": 0, "step_in_epoch": 0, "loss_sum": 0.0, "num_train": data.num_train}
+        self.best_accuracy = -1.0
+        with self._write_errors():
+            self._init_run()
+        self.preemption = PreemptionHandler(config.save_every)
+        self.last_plot = -math.inf
+
+    @property
+    def first_step(self) -> int:
+        """Steps of the current epoch that the checkpoint already contains."""
+        return self.train_state["step_in_epoch"]
+
+    def epochs(self) -> Iterable[int]:
+        """The epochs left to train. Epoch 0 has no steps: it evaluates the initialization."""
+        total_epochs = self.config.total_epochs
+        if self.train_state["epoch"] > total_epochs:
+            print0(f"{self.dir} has finished its {total_epochs} epochs; pass a larger --epochs to continue")
+        return range(self.train_state["epoch"], total_epochs + 1)
+
+    def steps(self, epoch: int, batches: Iterable) -> Iterator:
+        """(step, batch) for all batches of an epoch. Reseeds for every step, so that resuming is bitwise exact."""
+        first_step, batch_size = self.first_step, self.config.batch_size
+        self.train_state["epoch"] = epoch
+        self.loss_sum = torch.tensor(self.train_state["loss_sum"], device=self.device)
+        self.metrics = {"epoch": epoch, "step": epoch * self.steps_per_epoch}
+        if epoch == 0:
+            return
+        with progress_bar(epoch, first_step * batch_size, self.steps_per_epoch * batch_size) as self.progress:
+            self.timed_steps, self.start_time = 0, time.perf_counter()
+            for index, batch in enumerate(batches, first_step):
+                step = (epoch - 1) * self.steps_per_epoch + index
+                torch.manual_seed(derive_seed(self.config.seed, step + 1, rank()))
+                yield step, batch
+
+    def after_step(self, step: int, lr: float):
+        """Update the progress bar, check the loss, save when due. Raises Stopped after SIGTERM or Ctrl-C."""
+        step_in_epoch = step % self.steps_per_epoch + 1
+        action = self.preemption.after_step(step + 1)
+        is_last = step_in_epoch == self.steps_per_epoch
+        self.progress.update(self.config.batch_size)
+        if action or is_last or step_in_epoch % 50 == 0:  # rarely: it synchronizes with the GPU
+            loss_sum = distributed.all_reduce_mean(self.loss_sum).item()
+            self._check_finite(loss_sum, step + 1, lr)
+            self.progress.set_postfix(loss=f"{loss_sum / step_in_epoch:.3f}")
+        self._time_step(is_last)
+        if action or is_last:
+            self.train_state |= {"step_in_epoch": step_in_epoch, "loss_sum": loss_sum}
+            self._save()
+        if action == PreemptionHandler.STOP:
+            message = f"stopped and saved after step {step + 1}; rerun with --resume to continue"
+            raise Stopped(message, self.preemption.status)
+
+    def end_epoch(self, metrics: dict, heads: HeadStatistics):
+        """Write best.pt and a snapshot when due, metrics.jsonl, and plots; print a summary."""
+        epoch, accuracy, model = self.metrics["epoch"], metrics["test_accuracy"], self.components["ema"].module
+        if epoch > 0:
+            mean_loss = distributed.all_reduce_mean(self.loss_sum).item() / self.steps_per_epoch
+            self.metrics |= {"train_loss": mean_loss, "lr": self.components["optimizer"].param_groups[0]["lr"]}
+        head_metrics = {name: checkpoint.nested_list(value) for name, value in heads._asdict().items()}
+        metrics = self.metrics | metrics | {"heads": head_metrics}
+        is_best, self.best_accuracy = accuracy > self.best_accuracy, max(accuracy, self.best_accuracy)
+        self.train_state |= {"epoch": epoch + 1, "step_in_epoch": 0, "loss_sum": 0.0}
+        if rank() > 0:
+            return
+        with self._write_errors():
+            if is_best:
+                checkpoint.save_weights(model, self.data.classes, epoch, self.dir / "best.pt")
+            if epoch in checkpoint.snapshot_epochs(self.config.total_epochs):
+                file = self.dir / "snapshots" / f"epoch_{epoch:04d}.pt"
+                checkpoint.save_weights(model, self.data.classes, epoch, file, half=True)
+            with open(self.dir / "metrics.jsonl", "a") as file:  # last: its record marks the epoch as finished
+                file.write(json.dumps(metrics) + "\n")
+            if "images_per_second" in metrics:
+                checkpoint.record_cost(self.dir, metrics["images_per_second"])
+            self._plot(model, is_final=epoch == self.config.total_epochs)
+            if self.config.tensorboard:
+                write_events(self.dir, metrics, heads)
+        gate = "" if heads.gate.isnan().all() else f"  mean gate {heads.gate.nanmean():.2f}"
+        print0(f"epoch {epoch:3}  test accuracy {accuracy:.2f}% (best {self.best_accuracy:.2f}%)  "
+               f"loss {metrics['test_loss']:.3f}{gate}")  # fmt: skip
+
+    def _init_run(self):
+        """Lock the run folder, restore the state if it is resumed, and write config and provenance."""
+        resumed, history, problem, restarted = self.config.resume, [], "", distributed.was_restarted()
+        if rank() == 0:
+            try:
+                resumed, history = self._acquire_dir(restarted)
+            except (UserError, OSError) as error:
+                problem = str(error)
+        if distributed.all_reduce_max(len(problem)):  # all ranks raise, so that none waits for another
+            raise UserError(problem or "rank 0 could not start the run")
+        records = []
+        if distributed.all_reduce_max(resumed):
+            records = self._resume()
+        if rank() == 0:
+            entry = checkpoint.provenance(self.device) | {"job": distributed.job_id()}
+            checkpoint.write_text(self.dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+            checkpoint.write_text(self.dir / "provenance.json", json.dumps([*history, entry], indent=2) + "\n")
+            config = dataclasses.asdict(self.config)
+            checkpoint.write_text(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
+        distributed.barrier()
+
+    def _acquire_dir(self, restarted: bool) -> tuple[bool, list[dict]]:
+        """Lock the run folder until the process ends. Return whether to resume the run in it, and its provenance.
+
+        After an automatic torchrun restart, training resumes without --resume. Raises UserError if the folder contains
+        a run that should not be resumed, or if another process is using it.
+        """
+        resumed, history, file = self.config.resume, [], self.dir / "provenance.json"
+        if (self.dir / "last.pt").exists():
+            history = json.loads(file.read_text()) if file.exists() else []
+            resumed = resumed or (restarted and distributed.job_id() in [entry["job"] for entry in history])
+            if not resumed:
+                raise UserError(f"{self.dir} already contains a run: add --resume to continue, or choose another --run")
+        (self.dir / "snapshots").mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT)  # kept open: the lock is released at exit
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forked workers
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"another process is training in {self.dir}: wait for it, or choose another --run"
+            ) from error
+        return resumed, history
+
+    def _resume(self) -> list[dict]:
+        """Restore all components and the training state from last.pt; return the records of finished epochs."""
+        file = self.dir / "last.pt"
+        record = checkpoint.load(file, self.device)
+        try:
+            saved_config, state = record["config"], record["train_state"]
+            self.config.check_same_run(saved_config)
+            for name, component in self.components.items():
+                component.load_state_dict(record[name])
+        except (RuntimeError, KeyError) as error:  # another number of classes, for example
+            raise UserError(f"{file} does not match this model and data: {error}") from error
+        if state["num_train"] != self.data.num_train:
+            raise UserError(
+                f"there are {self.data.num_train} training images, but {self.dir} started with {state['num_train']}: "
+                f"restore them, or choose another --run with --weights {self.dir}/best.pt"
+            )
+        records = read_metrics(self.dir)
+        if state["step_in_epoch"] == self.steps_per_epoch and any(r["epoch"] == state["epoch"] for r in records):
+            state |= {"epoch": state["epoch"] + 1, "step_in_epoch": 0, "loss_sum": 0.0}  # it was evaluated, too
+        self.train_state = state
+        records = [record for record in records if record["epoch"] < state["epoch"]]
+        self.best_accuracy = max((record["test_accuracy"] for record in records), default=-1.0)
+        return records
+
+    def _save(self):
+        """Write last.pt: all components, the flags, and the training state."""
+        if rank() == 0:
+            record = {name: component.state_dict() for name, component in self.components.items()}
+            record |= {"config": dataclasses.asdict(self.config), "train_state": self.train_state}
+            checkpoint.save(record, self.dir / "last.pt")
+
+    def _check_finite(self, loss: float, step: int, lr: float):
+        """Raise UserError if the loss has diverged."""
+        if not math.isfinite(loss):
+            last = self.dir / "last.pt"
+            saved = f"{last} is from before" if last.exists() else "nothing was saved before"
+            raise UserError(
+                f"the loss is no longer finite at step {step}, learning rate {lr:.2g}: restart with a lower --lr and "
+                f"another --run ({saved})"
+            )
+
+    def _time_step(self, is_last: bool):
+        """Measure training speed, without the first step (compilation) if there are others, and without saving."""
+        now = time.perf_counter()
+        if self.timed_steps > 0 or is_last:
+            steps = max(self.timed_steps, 1)
+            self.metrics["images_per_second"] = steps * self.config.batch_size / (now - self.start_time)
+        else:
+            self.start_time = now
+        self.timed_steps += 1
+
+    def _plot(self, model, is_final: bool):
+        if is_final or time.monotonic() - self.last_plot > PLOT_INTERVAL:
+            plot_run(read_metrics(self.dir), self.dir, uniform_non_locality(model.config.grid))
+            self.last_plot = time.monotonic()
+
+    @contextlib.contextmanager
+    def _write_errors(self):
+        """Turn an OSError, such as a full disk or a missing permission, into a UserError."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.dir} cannot be written ({error}): free disk space, then --resume") from error
 
 
-def write_events(run: Path, metrics: dict, heads):
-    """The numbers of an epoch as events for TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter  # here, since few have TensorBoard and few need it
+class PreemptionHandler:
+    """Decides after every step whether to save or stop; all ranks get the same answer after the same step.
 
-    with SummaryWriter(run / "tensorboard") as writer:
+    SIGTERM and Ctrl-C only set a flag, so that the current step is finished and saved.
+    """
+
+    CONTINUE, SAVE, STOP = 0, 1, 2
+
+    def __init__(self, save_every: str | None):
+        """`save_every` is a number of steps, minutes as in "10m", or None."""
+        self.received, self.saved_at, self.save_every = 0, time.monotonic(), save_every
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def after_step(self, step: int) -> int:
+        """CONTINUE, SAVE, or STOP."""
+        if self.save_every is None:
+            save = False
+        elif self.save_every.endswith("m"):
+            save = time.monotonic() - self.saved_at > 60 * int(self.save_every[:-1])
+        else:
+            save = step % int(self.save_every) == 0
+        action = distributed.all_reduce_max(self.STOP if self.received else self.SAVE if save else self.CONTINUE)
+        if action != self.CONTINUE:
+            self.saved_at = time.monotonic()
+        return action
+
+    @property
+    def status(self) -> int:
+        """The conventional exit status after a signal."""
+        return 128 + (self.received or signal.SIGTERM)
+
+    def _handle(self, number: int, _):
+        self.received = number
+        if distributed.local_rank() == 0:
+            print("\nstopping after this step", file=sys.stderr, flush=True)
+        if distributed.world_size() == 1:  # torchrun may forward a signal that was already received
+            signal.signal(number, signal.SIG_DFL)  # a second signal terminates at once
+
+
+def progress_bar(epoch: int, initial: int, total: int) -> tqdm:
+    """Images per second and remaining time of an epoch, on rank 0 in a terminal."""
+    disable = True if rank() > 0 else None  # None: only if the output is no terminal
+    return tqdm(initial=initial, total=total, desc=f"epoch {epoch}", unit="img", leave=False, disable=disable)
+
+
+def write_events(run_dir: Path, metrics: dict, heads: HeadStatistics):
+    """Write the metrics of an epoch as TensorBoard events."""
+    from torch.utils.tensorboard import SummaryWriter  # an optional dependency
+
+    with SummaryWriter(run_dir / "tensorboard") as writer:
         for name, value in metrics.items():
             if isinstance(value, float):
                 writer.add_scalar(name, value, metrics["epoch"])
         for layer, gates in enumerate(heads.gate, 1):
-            if not torch.isnan(gates).any():
+            if not gates.isnan().any():
                 writer.add_scalar(f"mean gate/layer {layer}", gates.mean(), metrics["epoch"])

@@ -228,7 +228,7 @@ def open_weights(source: str) -> AttentionInspector:
     try:
         model, record = open_snapshot(Path(source))  # snapshots include their config and classes
         return AttentionInspector(Path(source).stem, record["classes"], [model], [record["epoch"]])
-    except (FileNotFoundError, ValueError):
+    except ValueError:
         state, _ = read_weights(source)
     try:
         num_classes = state["head.weight"].shape[0]
