@@ -1,4 +1,4 @@
-"""analysis.py against the paper's reference numbers and a slow loop."""
+"""analysis.py against reference numbers of the paper and a slow loop."""
 
 import math
 
@@ -19,29 +19,29 @@ def test_reference_distances():
     torch.testing.assert_close(heads.non_locality[0], torch.full((4,), 2.679), atol=1e-3, rtol=0)
 
 
-def test_statistics_before_training_are_the_init():
+def test_statistics_of_the_initialization():
     heads = head_statistics(ConViT(CONFIG), torch.randn(3, 3, 20, 28))
     taps = torch.tensor([[x, y] for x in (-1.0, 0.0, 1.0) for y in (-1.0, 0.0, 1.0)])
     for layer in (0, 1):
-        torch.testing.assert_close(heads.centre[layer], taps)
+        torch.testing.assert_close(heads.center[layer], taps)
         torch.testing.assert_close(heads.strength[layer], torch.ones(9))
         torch.testing.assert_close(heads.gate[layer], torch.full((9,), 1 / (1 + math.exp(-1))))
-    for reading in (heads.gate, heads.centre, heads.strength):
+    for reading in (heads.gate, heads.center, heads.strength):
         assert reading[2].isnan().all()  # plain attention has no position
     assert heads.non_locality.isfinite().all()
 
 
-def test_centre_of_a_flat_head_is_nowhere_and_of_a_repelled_one_is_what_it_avoids():
+def test_center_is_nan_for_flat_and_avoided_for_negative_strength():
     model = ConViT(CONFIG)
     v_pos = model.blocks[0].attn.pos_proj.weight.data
     v_pos[0] = torch.tensor([1.0, 0.0, 0.0])
     v_pos[1] = torch.tensor([-4.0, 2.0, 1.0])
     heads = head_statistics(model, torch.randn(1, 3, 20, 28))
-    assert heads.centre[0, 0].isnan().all() and heads.strength[0, 0] == 0
-    assert heads.centre[0, 1].tolist() == [2.0, -1.0] and heads.strength[0, 1] == -1
+    assert heads.center[0, 0].isnan().all() and heads.strength[0, 0] == 0
+    assert heads.center[0, 1].tolist() == [2.0, -1.0] and heads.strength[0, 1] == -1
 
 
-def test_non_locality_is_measured_on_the_layers_own_input():
+def test_non_locality_uses_each_layers_own_input():
     model, images = perturb(ConViT(CONFIG)).train(), torch.randn(5, 3, 20, 28)
     measured = head_statistics(model, images, batch_size=2).non_locality
     assert model.training
@@ -59,6 +59,6 @@ def test_non_locality_is_measured_on_the_layers_own_input():
         assert measured[layer, head].item() == pytest.approx(total / 35, rel=1e-4)
 
 
-def test_a_head_that_looks_at_itself_is_local():
+def test_identity_attention_has_zero_non_locality():
     eye = torch.eye(12).expand(2, 1, 12, 12)
     assert non_locality(HeadAttention(eye, None, torch.zeros(1), eye), (3, 4)).tolist() == [0.0]

@@ -1,4 +1,4 @@
-"""What training survives: processes killed for real, signals, full disks, damaged files, two processes for one."""
+"""Faults: killed processes, signals, full disks, damaged files; and several processes training as one."""
 
 import json
 import multiprocessing
@@ -26,13 +26,13 @@ from analysis import read_metrics
 ROOT = Path(__file__).parent.parent
 QUICK = ["--epochs", "6", "--batch-size", "8", "--drop-path", "0.2", "--mixup", "0.8", "--save-every", "3"]
 
-# a process that has imported everything and has no threads yet; its children start within milliseconds
+# a process that has imported everything but has no threads: its children start within milliseconds
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["train_cifar", "train_imagenet"])
 
 
 def run_script(name: str, flags: list, log: Path, file_limit: int | None):
-    """In a child process: run a script with these flags, its output in a file, its files limited in size."""
+    """In a child process: run a script, redirect its output to a file, and limit the size of its files."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -45,7 +45,7 @@ def run_script(name: str, flags: list, log: Path, file_limit: int | None):
 
 
 class Script:
-    """A training script in a process of its own."""
+    """A training script in a separate process."""
 
     def __init__(self, log: Path, *flags, name: str = "train_cifar", file_limit: int | None = None):
         self.log = log
@@ -53,9 +53,9 @@ class Script:
         self.process.start()
 
     def wait(self) -> tuple[int, str]:
-        """Its exit status and everything it said."""
+        """Exit status and output."""
         self.process.join(120)
-        assert self.process.exitcode is not None, "it hangs"
+        assert self.process.exitcode is not None, "timed out"
         return self.process.exitcode, self.log.read_text()
 
     def wait_for(self, file: Path):
@@ -67,23 +67,23 @@ class Script:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """30 training and 9 test pictures of three classes."""
-    root = tmp_path_factory.mktemp("pictures")
+    """30 training and 9 test images of three classes."""
+    root = tmp_path_factory.mktemp("images")
     numbers = np.random.default_rng(0)
     for split, count in (("train", 10), ("test", 3)):
-        for colour, name in enumerate(("red", "green", "blue")):
+        for color, name in enumerate(("red", "green", "blue")):
             folder = root / split / name
             folder.mkdir(parents=True)
             for index in range(count):
                 pixels = numbers.integers(0, 120, (32, 32, 3), dtype=np.uint8)
-                pixels[..., colour] += 130
+                pixels[..., color] += 130
                 Image.fromarray(pixels).save(folder / f"{index}.png")
     return root
 
 
 @pytest.fixture(scope="module")
 def finished(tree, tmp_path_factory) -> Path:
-    """A run that nothing disturbed."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("finished")
     status, output = Script(folder / "log", "--data-dir", tree, "--run", folder / "run", *QUICK).wait()
     assert status == 0, output
@@ -91,13 +91,13 @@ def finished(tree, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def straight(finished, tmp_path) -> Path:
-    """A copy of that run, to be treated as a test likes."""
-    return shutil.copytree(finished, tmp_path / "straight")
+def reference_run(finished, tmp_path) -> Path:
+    """A copy of the uninterrupted run that a test may modify."""
+    return shutil.copytree(finished, tmp_path / "reference_run")
 
 
 def assert_same_run(one: Path, other: Path):
-    """Bit for bit, but for the speed."""
+    """Bitwise equal, except for speed."""
     records = [torch.load(run / "last.pt", weights_only=True) for run in (one, other)]
     for part in ("model", "ema"):
         assert all(torch.equal(value, records[1][part][key]) for key, value in records[0][part].items())
@@ -108,11 +108,11 @@ def assert_same_run(one: Path, other: Path):
 
 
 def saved_at(run: Path) -> int:
-    """When last.pt was last replaced."""
+    """Modification time of last.pt."""
     return (run / "last.pt").stat().st_mtime_ns if (run / "last.pt").exists() else 0
 
 
-def test_killed_ten_times_a_run_ends_with_the_same_bits(tree, straight, tmp_path):
+def test_run_killed_ten_times_ends_bitwise_identical(tree, reference_run, tmp_path):
     run, moments = tmp_path / "killed", random.Random(1)
     flags = ["--data-dir", tree, "--run", run, *QUICK, "--save-every", "1"]
     for kills in range(10):
@@ -127,12 +127,12 @@ def test_killed_ten_times_a_run_ends_with_the_same_bits(tree, straight, tmp_path
         script.process.join()
     status, output = Script(tmp_path / "log", *flags, "--resume").wait()
     assert status == 0, output
-    assert_same_run(straight, run)
+    assert_same_run(reference_run, run)
     assert len(json.loads((run / "provenance.json").read_text())) > 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_loses_not_one_step(tree, straight, tmp_path, number):
+def test_signal_loses_no_step(tree, reference_run, tmp_path, number):
     run = tmp_path / "stopped"
     script = Script(tmp_path / "log", "--data-dir", tree, "--run", run, *QUICK)
     script.wait_for(run / "last.pt")
@@ -141,89 +141,89 @@ def test_a_signal_loses_not_one_step(tree, straight, tmp_path, number):
     status, output = script.wait()
     assert status == 128 + number and "Traceback" not in output
     step = int(re.search(r"stopped and saved after step (\d+)", output)[1])
-    state = torch.load(run / "last.pt", weights_only=True)["state"]
-    assert step == (state["epoch"] - 1) * 3 + state["index"]
+    state = torch.load(run / "last.pt", weights_only=True)["train_state"]
+    assert step == (state["epoch"] - 1) * 3 + state["step_in_epoch"]
 
     status, output = Script(tmp_path / "log", "--run", run, "--resume").wait()
     assert status == 0, output
-    assert_same_run(straight, run)
+    assert_same_run(reference_run, run)
 
 
-def test_a_finished_run_says_so_and_other_pictures_are_refused(tree, straight, tmp_path):
-    before = (straight / "last.pt").read_bytes()
-    status, output = Script(tmp_path / "log1", "--run", straight, "--resume").wait()
-    assert status == 0 and "has done its 6 epochs already" in output
+def test_finished_run_and_changed_dataset_are_refused(tree, reference_run, tmp_path):
+    before = (reference_run / "last.pt").read_bytes()
+    status, output = Script(tmp_path / "log1", "--run", reference_run, "--resume").wait()
+    assert status == 0 and "has finished its 6 epochs" in output
     grown = shutil.copytree(tree, tmp_path / "grown")
     shutil.copy(grown / "train/red/0.png", grown / "train/red/new.png")
-    status, output = Script(tmp_path / "log2", "--run", straight, "--resume", "--data-dir", grown).wait()
-    assert status == 1 and "31 training pictures where" in output and "began with 30" in output
-    assert (straight / "last.pt").read_bytes() == before
+    status, output = Script(tmp_path / "log2", "--run", reference_run, "--resume", "--data-dir", grown).wait()
+    assert status == 1 and "31 training images, but" in output and "started with 30" in output
+    assert (reference_run / "last.pt").read_bytes() == before
 
 
-def test_a_full_disk_costs_nothing_that_was_saved(tree, straight, tmp_path):
-    before = (straight / "last.pt").read_bytes()
-    flags = ["--run", straight, "--resume", "--epochs", "7"]
+def test_full_disk_keeps_the_previous_checkpoint(tree, reference_run, tmp_path):
+    before = (reference_run / "last.pt").read_bytes()
+    flags = ["--run", reference_run, "--resume", "--epochs", "7"]
     status, output = Script(tmp_path / "log", *flags, file_limit=2**20).wait()
     assert status == 1 and "Traceback" not in output
     assert "last.pt cannot be saved" in output and "--resume" in output
-    assert (straight / "last.pt").read_bytes() == before
-    assert not list(straight.glob("*.tmp"))
+    assert (reference_run / "last.pt").read_bytes() == before
+    assert not list(reference_run.glob("*.tmp"))
     status, output = Script(tmp_path / "log", *flags).wait()
     assert status == 0, output
-    assert [line["epoch"] for line in read_metrics(straight)] == list(range(8))
+    assert [line["epoch"] for line in read_metrics(reference_run)] == list(range(8))
 
 
-def test_what_cannot_be_resumed_is_refused(tree, straight, tmp_path):
+def test_mismatched_and_damaged_checkpoints_are_refused(tree, reference_run, tmp_path):
     def refusal(*flags) -> str:
         log = tmp_path / f"log{len(list(tmp_path.iterdir()))}"
-        status, output = Script(log, "--run", straight, "--resume", *flags).wait()
+        status, output = Script(log, "--run", reference_run, "--resume", *flags).wait()
         assert status == 1 and "Traceback" not in output
         return output.strip().splitlines()[-1]
 
-    whole = (straight / "last.pt").read_bytes()
+    whole = (reference_run / "last.pt").read_bytes()
     other = refusal("--model", "vit_cifar_nano")
     assert "the run has --model convit_cifar_nano, not vit_cifar_nano" in other
     assert "--batch-size 8, not 4" in refusal("--batch-size", "4")
     assert "--dataset folder, not patterns" in refusal("--dataset", "patterns")
-    assert (straight / "last.pt").read_bytes() == whole
+    assert (reference_run / "last.pt").read_bytes() == whole
 
-    (straight / "last.pt").write_bytes(whole[: len(whole) // 2])
+    (reference_run / "last.pt").write_bytes(whole[: len(whole) // 2])
     assert "last.pt is damaged" in refusal() and "--weights" in refusal()
     middle = len(whole) // 2
-    (straight / "last.pt").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    (reference_run / "last.pt").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     assert "last.pt is damaged" in refusal()
 
     class Trap:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
 
-    torch.save({"model": Trap()}, straight / "last.pt")
-    assert "was not opened further" in refusal()
-    (straight / "last.pt").write_bytes(pickle.dumps(Trap()))
-    assert "was not opened further" in refusal()
+    torch.save({"model": Trap()}, reference_run / "last.pt")
+    assert "was not loaded" in refusal()
+    (reference_run / "last.pt").write_bytes(pickle.dumps(Trap()))
+    assert "was not loaded" in refusal()
     assert not (tmp_path / "executed").exists()
 
-    new = ["--data-dir", tree, "--run", tmp_path / "new", *QUICK, "--weights", straight / "best.pt"]
+    new = ["--data-dir", tree, "--run", tmp_path / "new", *QUICK, "--weights", reference_run / "best.pt"]
     status, output = Script(tmp_path / "log", *new).wait()
     assert status == 0, output
     start = read_metrics(tmp_path / "new")[0]["test_accuracy"]
-    assert start == max(line["test_accuracy"] for line in read_metrics(straight))
+    assert start == max(line["test_accuracy"] for line in read_metrics(reference_run))
 
 
-def test_a_run_folder_in_use_is_refused(tree, tmp_path):
+def test_run_folder_in_use_is_refused(tree, tmp_path):
     run = tmp_path / "run"
     first = Script(tmp_path / "log1", "--data-dir", tree, "--run", run, *QUICK, "--epochs", "50")
     first.wait_for(run / "last.pt")
     before = (run / "config.json").read_text()
     status, output = Script(tmp_path / "log2", "--run", run, "--resume", "--lr", "0.5").wait()
-    assert status == 1 and "another process is training into" in output
+    assert status == 1 and "another process is training in" in output
     assert (run / "config.json").read_text() == before
     first.process.kill()
     first.process.join()
 
 
 def children_of(pid: int) -> list[str]:
-    """The processes that a process has started, the oldest first."""
+    """Child processes of a process, the oldest first."""
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
@@ -235,9 +235,21 @@ def torchrun(tmp_path: Path, *flags, restarts: int = 0) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
 
 
-def test_two_processes_train_as_one(tree, tmp_path):
-    plain = ["--data-dir", tree, "--no-flip", "--shift", "0", "--epochs", "7", "--batch-size", "8", "--device", "cpu"]
-    pair = torchrun(tmp_path, *plain, "--accumulate", "2", "--run", tmp_path / "two")
+def test_two_processes_match_one(tree, tmp_path):
+    plain = [
+        "--data-dir",
+        tree,
+        "--no-hflip",
+        "--crop-padding",
+        "0",
+        "--epochs",
+        "7",
+        "--batch-size",
+        "8",
+        "--device",
+        "cpu",
+    ]
+    pair = torchrun(tmp_path, *plain, "--grad-accum-steps", "2", "--run", tmp_path / "two")
     status, output = Script(tmp_path / "log", *plain, "--run", tmp_path / "one").wait()
     assert status == 0, output
     assert pair.wait(180) == 0, (tmp_path / "torchrun.log").read_text()
@@ -245,11 +257,11 @@ def test_two_processes_train_as_one(tree, tmp_path):
     assert len(one) == 8  # 21 steps
     for single, double in zip(one, two, strict=True):
         assert single.get("train_loss", 0) == pytest.approx(double.get("train_loss", 0), abs=1e-5)
-        assert single["test_loss"] == pytest.approx(double["test_loss"], abs=1e-5)  # 9 pictures, no one twice
+        assert single["test_loss"] == pytest.approx(double["test_loss"], abs=1e-5)  # 9 images, no one twice
         assert single["test_accuracy"] == double["test_accuracy"]
 
 
-def test_torchrun_goes_on_after_a_worker_is_killed(tree, tmp_path):
+def test_torchrun_resumes_after_a_worker_is_killed(tree, tmp_path):
     run = tmp_path / "run"
     group = torchrun(tmp_path, "--data-dir", tree, "--run", run, *QUICK, restarts=1)
     deadline = time.monotonic() + 120
@@ -263,18 +275,18 @@ def test_torchrun_goes_on_after_a_worker_is_killed(tree, tmp_path):
 
 
 @pytest.fixture
-def photographs(tree, tmp_path) -> Path:
-    """The pictures as an ImageNet-like tree train/, val/."""
-    shutil.copytree(tree, tmp_path / "photographs")
-    (tmp_path / "photographs" / "test").rename(tmp_path / "photographs" / "val")
-    return tmp_path / "photographs"
+def imagenet(tree, tmp_path) -> Path:
+    """The images as an ImageNet-like tree train/, val/."""
+    shutil.copytree(tree, tmp_path / "imagenet")
+    (tmp_path / "imagenet" / "test").rename(tmp_path / "imagenet" / "val")
+    return tmp_path / "imagenet"
 
 
 SMALL = ["--model", "convit_cifar_nano", "--epochs", "1", "--batch-size", "8", "--warmup-epochs", "0"]
 
 
-def test_any_number_of_workers_gives_the_same_run(photographs, tmp_path):
-    flags = ["--data-dir", photographs, *SMALL, "--run"]
+def test_number_of_workers_does_not_change_the_run(imagenet, tmp_path):
+    flags = ["--data-dir", imagenet, *SMALL, "--run"]
     for workers in (0, 8):
         script = Script(tmp_path / f"log{workers}", *flags, tmp_path / f"run{workers}", "--workers", workers,
                         name="train_imagenet")  # fmt: skip
@@ -284,9 +296,9 @@ def test_any_number_of_workers_gives_the_same_run(photographs, tmp_path):
     assert read_metrics(tmp_path / "run0")[1]["train_loss"] < 2
 
 
-def test_a_signal_to_all_processes_is_left_to_the_one_that_trains(photographs, tmp_path):
+def test_workers_survive_a_signal_until_the_step_is_saved(imagenet, tmp_path):
     run = tmp_path / "run"
-    flags = ["--data-dir", photographs, *SMALL, "--workers", "2", "--epochs", "50", "--run", run]
+    flags = ["--data-dir", imagenet, *SMALL, "--workers", "2", "--epochs", "50", "--run", run]
     script = Script(tmp_path / "log", *flags, name="train_imagenet")
     script.wait_for(run / "best.pt")
     deadline = time.monotonic() + 60
@@ -299,20 +311,20 @@ def test_a_signal_to_all_processes_is_left_to_the_one_that_trains(photographs, t
     assert "stopped and saved after step" in output
 
 
-def test_a_picture_that_does_not_decode_is_named(photographs, tmp_path):
-    bad = photographs / "train" / "green" / "3.png"
+def test_unreadable_image_is_named(imagenet, tmp_path):
+    bad = imagenet / "train" / "green" / "3.png"
     bad.write_bytes(bad.read_bytes()[:200])
-    flags = ["--data-dir", photographs, *SMALL, "--workers", "2", "--repeats", "1", "--run", tmp_path / "run"]
+    flags = ["--data-dir", imagenet, *SMALL, "--workers", "2", "--aug-repeats", "1", "--run", tmp_path / "run"]
     status, output = Script(tmp_path / "log1", *flags, "--epochs", "2", name="train_imagenet").wait()
-    assert status == 1 and f"{bad} cannot be read as a picture" in output and "Traceback" not in output
+    assert status == 1 and f"{bad} is not a readable image" in output and "Traceback" not in output
     status, output = Script(tmp_path / "log2", *flags, "--epochs", "2", "--skip-bad-images", "--run", tmp_path / "skip",
                             name="train_imagenet").wait()  # fmt: skip
-    assert status == 0 and f"{bad} cannot be read as a picture; the next one took its place" in output
+    assert status == 0 and f"{bad} is not a readable image; the next one replaces it" in output
 
 
-def test_patterns_are_a_first_try_of_train_imagenet(tmp_path):
+def test_train_imagenet_on_patterns(tmp_path):
     flags = [*SMALL, "--dataset", "patterns", "--data-fraction", "0.002", "--workers", "0", "--run", tmp_path / "run"]
-    flags += ["--img-size", "16", "--epoch-steps", "7"]  # more than a pass over the 40 pictures
+    flags += ["--img-size", "16", "--steps-per-epoch", "7"]  # more than a pass over the 40 images
     status, output = Script(tmp_path / "log", *flags, name="train_imagenet").wait()
     assert status == 0, output
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 7]
@@ -320,31 +332,40 @@ def test_patterns_are_a_first_try_of_train_imagenet(tmp_path):
     assert weights["model_config"]["img_size"] == 16 and weights["model"]["pos_embed"].shape[1] == 16
 
 
-def test_validation_pictures_are_enough_to_evaluate(tree, straight, photographs, tmp_path):
-    shutil.rmtree(photographs / "train")
-    flags = ["--data-dir", photographs, *SMALL, "--eval", "--weights", straight / "best.pt", "--run", tmp_path / "run"]
+def test_evaluation_needs_only_the_validation_images(tree, reference_run, imagenet, tmp_path):
+    shutil.rmtree(imagenet / "train")
+    flags = [
+        "--data-dir",
+        imagenet,
+        *SMALL,
+        "--eval",
+        "--weights",
+        reference_run / "best.pt",
+        "--run",
+        tmp_path / "run",
+    ]
     status, output = Script(tmp_path / "log", *flags, name="train_imagenet").wait()
     assert status == 0 and "test_accuracy" in output, output
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_and_odd_folders_get_one_sentence(photographs, tmp_path):
-    def complaint(*flags) -> str:
+def test_missing_and_mismatched_folders_get_one_sentence(imagenet, tmp_path):
+    def error_of(*flags) -> str:
         log = tmp_path / f"log{len(list(tmp_path.iterdir()))}"
         status, output = Script(log, *flags, *SMALL, "--run", tmp_path / "run", name="train_imagenet").wait()
         assert status == 1 and "Traceback" not in output
         return output
 
-    nothing = complaint("--data-dir", tmp_path / "nothing")
+    nothing = error_of("--data-dir", tmp_path / "nothing")
     assert all(hint in nothing for hint in ("train/WNID", "val/WNID", "--dataset patterns", "train_cifar.py"))
-    (photographs / "val" / "green").rename(photographs / "val" / "yellow")
-    assert "has classes that" in (odd := complaint("--data-dir", photographs)) and "yellow" in odd
+    (imagenet / "val" / "green").rename(imagenet / "val" / "yellow")
+    assert "has classes that are missing from" in (odd := error_of("--data-dir", imagenet)) and "yellow" in odd
     assert not (tmp_path / "run").exists()
 
 
-def test_every_ablation_of_table_3_is_a_flag(tree, tmp_path):
+def test_ablations_of_table_3_are_flags(tree, tmp_path):
     def first_layer(name: str, *flags) -> tuple[set[str], dict]:
-        """What of the first layer one epoch moves, and its weights before."""
+        """Parameters of the first layer that one epoch changes, and their initial values."""
         run = tmp_path / name
         script = Script(tmp_path / f"{name}.log", "--data-dir", tree, "--run", run, *QUICK, "--epochs", "1", *flags)
         status, output = script.wait()

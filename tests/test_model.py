@@ -1,17 +1,22 @@
-"""convit_min.py against references that are not ours: the paper's numbers, timm, and a slow loop over the equation."""
+"""convit_min.py against independent references: the paper's numbers, timm, and a slow loop over the equation."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIG, perturb
+from conftest import CONFIG, ROOT, perturb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
 
-from convit_min import GPSA, MODELS, ConViT, ConViTConfig, create_model, freeze_gpsa, kernel_shape, load_weights
+from convit_min import GPSA, MODELS, ConViT, ConViTConfig, create_model, kernel_shape
+from training.config import freeze_gpsa
+from weights import load_weights
 
 PARAMETERS = {  # the authors' models, 1000 classes
     "convit_tiny": 5_710_512,
@@ -36,7 +41,7 @@ def small_config(**changes) -> ConViTConfig:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_sizes_of_the_paper(name):
+def test_parameter_counts_of_the_paper(name):
     with torch.device("meta"):
         model = create_model(name)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
@@ -77,7 +82,7 @@ def test_same_logits_as_timm(name, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(20, 28), (12, 8)])
-def test_explicit_maps_are_what_the_fused_path_computes(shape):
+def test_attention_maps_match_the_fast_path(shape):
     model = perturb(ConViT(small_config()))
     calls = []
     for block in model.blocks:
@@ -95,9 +100,9 @@ def test_explicit_maps_are_what_the_fused_path_computes(shape):
                 assert attention_map.min() >= 0
                 torch.testing.assert_close(attention_map.sum(-1), torch.ones_like(attention_map[..., 0]))
             weight = block.attn.v.weight if gpsa else block.attn.qkv.weight[72:]
-            v = (x.flatten(1, -2) @ weight.T).unflatten(2, (9, 4)).transpose(1, 2)
+            v = (x @ weight.T).unflatten(2, (9, 4)).transpose(1, 2)
             explicit = block.attn.proj((heads.mixed @ v).transpose(1, 2).flatten(2))
-            torch.testing.assert_close(explicit, output.flatten(1, -2), atol=1e-5, rtol=0)
+            torch.testing.assert_close(explicit, output, atol=1e-5, rtol=0)
             if gpsa:
                 g = heads.gate[:, None, None]
                 torch.testing.assert_close(heads.mixed, (1 - g) * heads.content + g * heads.position)
@@ -106,7 +111,7 @@ def test_explicit_maps_are_what_the_fused_path_computes(shape):
 
 
 @pytest.mark.parametrize(("gate", "pure"), [(20.0, "position"), (-20.0, "content")])
-def test_a_closed_gate_leaves_one_map(gate, pure):
+def test_saturated_gate_leaves_one_map(gate, pure):
     model = perturb(ConViT(small_config()))
     with torch.no_grad():
         for block in model.blocks[:2]:
@@ -136,17 +141,18 @@ def slow_position_map(v_pos, height, width):
     width=st.integers(1, 6),
     v_pos=st.lists(st.tuples(*[st.floats(-3, 3, width=32)] * 3), min_size=9, max_size=9),
 )
-def test_separable_position_is_the_equation_for_any_grid_and_head(height, width, v_pos):
+def test_position_factors_match_the_equation_on_any_grid(height, width, v_pos):
     attn = ConViT(small_config()).blocks[0].attn
     with torch.no_grad():
         attn.pos_proj.weight.copy_(torch.tensor(v_pos))
-        position_y, position_x = attn.position_attention(height, width)
+        position_y, position_x = attn.position_factors((height, width))
     for head in range(9):
         expected = slow_position_map(v_pos[head], height, width)
-        torch.testing.assert_close(torch.kron(position_y[head], position_x[head]), expected, atol=1e-5, rtol=1e-4)
+        position = torch.kron(position_y[head], position_x[head]).float()
+        torch.testing.assert_close(position, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_position_map_against_the_equation():
+def test_position_map_matches_the_equation():
     model = perturb(ConViT(small_config()))
     v_pos = model.blocks[0].attn.pos_proj.weight.double().tolist()
     with torch.no_grad():
@@ -161,12 +167,12 @@ def test_dx_points_right_and_dy_down(v_pos, key):
     attn = ConViT(small_config()).blocks[0].attn
     with torch.no_grad():
         attn.pos_proj.weight.copy_(torch.tensor(v_pos))
-        position_y, position_x = attn.position_attention(5, 7)
+        position_y, position_x = attn.position_factors((5, 7))
     assert (position_y[0, 2].argmax(), position_x[0, 3].argmax()) == key
 
 
 @pytest.mark.parametrize("heads", [4, 9, 16])
-def test_convolutional_init_is_the_authors(heads):
+def test_convolutional_init_matches_the_authors(heads):
     k = math.isqrt(heads)
     attn = ConViT(small_config(dim=144, num_heads=heads, locality_strength=0.5)).blocks[0].attn
     for column in range(k):
@@ -177,7 +183,7 @@ def test_convolutional_init_is_the_authors(heads):
     assert (attn.gating_param == 1).all()
 
 
-def test_heads_start_as_the_taps_of_a_3_by_3_kernel():
+def test_initial_heads_attend_to_the_taps_of_a_kernel():
     model = ConViT(small_config())
     with torch.no_grad():
         position = model(torch.randn(1, 3, 20, 28), return_attention=True)[1][0].position
@@ -187,15 +193,15 @@ def test_heads_start_as_the_taps_of_a_3_by_3_kernel():
         assert (key // 7 - 2, key % 7 - 3) == (head % 3 - 1, head // 3 - 1)
 
 
-def test_head_counts_that_are_no_square():
+def test_kernel_shape_of_non_square_head_counts():
     assert [kernel_shape(heads) for heads in (1, 2, 3, 6, 7, 12, 16)] == [
         (1, 1), (1, 2), (1, 3), (2, 3), (1, 7), (3, 4), (4, 4)]  # fmt: skip
     v_pos = ConViT(small_config(num_heads=6)).blocks[0].attn.pos_proj.weight
-    centres = {(x / 2, y / 2) for x, y, _ in v_pos.tolist()}
-    assert centres == {(x, y) for x in (-1, 0, 1) for y in (-0.5, 0.5)}
+    centers = {(x / 2, y / 2) for x, y, _ in v_pos.tolist()}
+    assert centers == {(x, y) for x in (-1, 0, 1) for y in (-0.5, 0.5)}
 
 
-def test_ablations_are_config():
+def test_ablations_are_config_fields():
     random = ConViT(small_config(conv_init=False)).blocks[0].attn
     assert random.v.weight.std() < 0.03 and random.pos_proj.weight.abs().max() < 0.1
     frozen = ConViT(small_config(gating="frozen", gate_init=0.0)).blocks[0].attn.gating_param
@@ -208,7 +214,7 @@ def test_ablations_are_config():
 
 
 @pytest.mark.parametrize("changes", [{}, {"pool": "mean"}, {"pool": "mean", "gpsa_layers": 3}, {"gpsa_layers": 0}])
-def test_gradients_reach_every_parameter(changes):
+def test_every_parameter_gets_a_gradient(changes):
     model = perturb(ConViT(small_config(**changes))).train()
     F.cross_entropy(model(torch.randn(4, 3, 20, 28)), torch.arange(4)).backward()
     for name, parameter in model.named_parameters():
@@ -228,9 +234,9 @@ def test_position_bias_cancels():
     torch.testing.assert_close((offset @ v_pos + 5).softmax(0), (offset @ v_pos).softmax(0))
 
 
-def test_drop_path_drops_whole_images_and_keeps_the_mean():
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     model = ConViT(small_config(drop_path=0.5)).train()
-    assert [block.drop_path.rate for block in model.blocks] == [0, 0.25, 0.5]
+    assert [block.drop_path.p for block in model.blocks] == [0, 0.25, 0.5]
     dropped = model.blocks[2].drop_path(torch.ones(4000, 2, 3))
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
     assert (dropped.flatten(1).amin(1) == dropped.flatten(1).amax(1)).all()
@@ -250,20 +256,87 @@ def test_autocast_and_half_follow_float32():
         assert model(images.half(), return_attention=True)[1][0].mixed.isfinite().all()
 
 
-def test_compile_and_export_give_the_same():
+def test_compile_matches_eager():
     model, images = perturb(ConViT(small_config())), torch.randn(2, 3, 20, 28)
     with torch.no_grad():
-        expected = model(images)
-        exported = torch.export.export(model, (images,)).module()
-        torch.testing.assert_close(exported(images), expected, atol=1e-5, rtol=0)
         compiled = torch.compile(model, fullgraph=True)
-        torch.testing.assert_close(compiled(images), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=0)
+
+
+def test_export_takes_any_batch_and_size():
+    model = perturb(ConViT(small_config()))
+    rows, columns = (Dim(name, min=2, max=16) for name in ("rows", "columns"))
+    dynamic_shapes = ({0: Dim("b"), 2: 4 * rows, 3: 4 * columns},)
+    exported = torch.export.export(model, (torch.randn(2, 3, 20, 28),), dynamic_shapes=dynamic_shapes).module()
+    for shape in ((2, 3, 20, 28), (5, 3, 32, 16)):
+        images = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(exported(images), model(images), atol=1e-5, rtol=0)
+
+
+def test_float64_is_float64_throughout():
+    """Finite differences, which float32 would not resolve, against the gradient of v_pos."""
+    attn = perturb(ConViT(small_config(dim=9))).blocks[0].attn.double()
+    x = torch.randn(1, 6, 9, dtype=torch.float64)
+
+    def output(v_pos: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(attn, {"pos_proj.weight": v_pos}, (x, (2, 3)))[0]
+
+    assert torch.autograd.gradcheck(output, torch.randn(9, 3, dtype=torch.float64, requires_grad=True))
+
+
+def test_half_precision_at_another_size():
+    model, images = perturb(ConViT(small_config())), torch.randn(1, 3, 12, 36)
+    with torch.no_grad():
+        expected = model(images)
+        for dtype in (torch.float16, torch.bfloat16):
+            error = (model.to(dtype)(images.to(dtype)) - expected).abs().max()
+            assert error < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("pool", ["token", "mean"])
+def test_forward_features_are_what_the_head_reads(pool):
+    model, images = perturb(ConViT(small_config(pool=pool))), torch.randn(2, 3, 20, 28)
+    with torch.no_grad():
+        patch_tokens, cls_token = model.forward_features(images)
+        features = patch_tokens.mean(dim=1) if pool == "mean" else cls_token
+        torch.testing.assert_close(model.head(features), model(images))
+    assert patch_tokens.shape == (2, 35, 36) and (cls_token is None) == (pool == "mean")
+
+
+def test_fifty_steps_give_the_losses_of_timm():
+    timm_convit = pytest.importorskip("timm.models.convit", reason="timm is the reference")
+    theirs = timm_convit.ConVit(
+        img_size=16, patch_size=4, num_classes=5, embed_dim=4, depth=3, num_heads=9, local_up_to_layer=2, mlp_ratio=2
+    )
+    ours = ConViT(small_config(img_size=16, mlp_ratio=2.0))
+    ours.load_state_dict(perturb(theirs).state_dict())
+    images, labels = torch.randn(50, 8, 3, 16, 16), torch.randint(0, 5, (50, 8))
+    losses = []
+    for model in (theirs.train(), ours.train()):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        losses.append([])
+        for step in range(50):
+            loss = F.cross_entropy(model(images[step]), labels[step])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert max(losses[0]) - min(losses[0]) > 0.5  # the weights change
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+def test_running_the_file_prints_the_maps_of_a_head():
+    output = subprocess.run(
+        [sys.executable, "convit_min.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "gate 0.73" in output and [line[0] for line in output.splitlines() if line[0] in "CPA"] == ["C", "P", "A"]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_on_a_gpu_as_on_the_cpu(dtype):
+def test_gpu_matches_cpu(dtype):
     model, images = perturb(create_model("convit_cifar_nano")), torch.randn(8, 3, 32, 32)
     with torch.no_grad():
         expected = model(images)
@@ -272,11 +345,11 @@ def test_on_a_gpu_as_on_the_cpu(dtype):
             with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
                 error = (forward(images).float().cpu() - expected).abs().max()
             assert error < (1e-3 if dtype == torch.float32 else 0.05) * expected.abs().max()
-        x = model.patch_embed(images).permute(0, 2, 3, 1)
-        output, heads = model.blocks[0].attn(x, return_attention=True)
-        v = model.blocks[0].attn.v(x).flatten(1, 2).unflatten(2, (9, -1)).transpose(1, 2)
+        x = model.patch_embed(images).flatten(2).mT
+        output, heads = model.blocks[0].attn(x, (8, 8), return_attention=True)
+        v = model.blocks[0].attn.v(x).unflatten(2, (9, -1)).transpose(1, 2)
         explicit = model.blocks[0].attn.proj((heads.mixed @ v).transpose(1, 2).flatten(2))
-        torch.testing.assert_close(explicit, output.flatten(1, 2), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(explicit, output, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -285,20 +358,21 @@ def test_on_a_gpu_as_on_the_cpu(dtype):
     ({"img_size": (20, 30)}, "must be a multiple of patch_size=4"),
     ({"gpsa_layers": 4}, "gpsa_layers=4 must be 0 to depth=3"),
     ({"gpsa_layers": 3}, 'set pool="mean"'),
+    ({"dim": 100, "pool": "max"}, "num_heads=9; pool='max'"),
     ({"pool": "max"}, "pool='max'"),
     ({"gating": "off"}, "gating='off'"),
     ({"drop_path": 1.0}, "drop_path=1.0"),
-    ({"num_heads": 0}, "above 0"),
-    ({"num_classes": -1}, "at least 0"),
-    ({"mlp_ratio": 0}, "above 0"),
+    ({"num_heads": 0}, "must be positive"),
+    ({"num_classes": -1}, "num_classes, which must be at least 0"),
+    ({"mlp_ratio": 0}, "must be positive"),
 ])  # fmt: skip
-def test_a_config_that_cannot_work_says_what_to_change(changes, words):
+def test_invalid_config_says_what_to_change(changes, words):
     with pytest.raises(ValueError) as caught:
         small_config(**changes)
     assert words in str(caught.value)
 
 
-def test_unknown_names_and_pictures_that_do_not_fit():
+def test_unknown_models_and_indivisible_images_are_refused():
     with pytest.raises(ValueError, match="convit_tiny"):
         create_model("convit_tinny")
     with pytest.raises(ValueError, match="patch_size=4"):

@@ -229,7 +229,7 @@ def test_invalid_requests_return_one_sentence(server):
     for name, request in invalid:
         answer = call(name, request)
         assert answer.keys() == {"error"} and "Traceback" not in answer["error"], (name, request, answer)
-        assert "/" not in answer["error"].replace("x 6", ""), answer  # no paths of the server
+        assert "/" not in answer["error"], answer  # no paths of the server
     assert "predictions" in call("recompute", valid)
 
 

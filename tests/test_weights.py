@@ -1,4 +1,4 @@
-"""load_weights: round trips, other sizes, and files that are not what they claim to be."""
+"""load_weights: round trips, other sizes, and damaged or malicious files."""
 
 import pickle
 from dataclasses import asdict, replace
@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import CONFIG, perturb
 
-from convit_min import ConViT, ConViTConfig, create_model, load_weights, resize_pos_embed
+from convit_min import ConViT, ConViTConfig, create_model, resize_pos_embed
+from weights import load_weights
 
 
 def same_weights(a, b) -> bool:
@@ -16,7 +17,7 @@ def same_weights(a, b) -> bool:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_saving_and_loading_is_a_round_trip(nested, tmp_path):
+def test_save_and_load_round_trip(nested, tmp_path):
     trained, fresh = perturb(ConViT(CONFIG)), ConViT(CONFIG)
     state = trained.state_dict()
     torch.save({"model": state, "epoch": 3} if nested else state, tmp_path / "weights.pt")
@@ -25,7 +26,7 @@ def test_saving_and_loading_is_a_round_trip(nested, tmp_path):
     assert same_weights(trained, fresh)
 
 
-def test_weights_of_224_pixels_run_on_256_by_192(tmp_path):
+def test_weights_of_224_pixels_load_at_256_by_192(tmp_path):
     trained = perturb(create_model("convit_tiny", depth=2, gpsa_layers=1, num_classes=7))
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
     other = create_model("convit_tiny", depth=2, gpsa_layers=1, num_classes=7, img_size=(256, 192)).eval()
@@ -38,17 +39,17 @@ def test_weights_of_224_pixels_run_on_256_by_192(tmp_path):
     assert (side[0] - side[1]).abs().max() < 0.1  # still the same embedding
 
 
-def test_as_many_patches_on_another_grid_are_resized_not_scrambled(tmp_path):
+def test_same_number_of_patches_on_another_grid_is_interpolated(tmp_path):
     wide, square = (ConViT(replace(CONFIG, img_size=size)) for size in ((8, 32), (16, 16)))
     perturb(wide)
     torch.save({"model": wide.state_dict(), "model_config": asdict(wide.config)}, tmp_path / "wide.pt")
     load_weights(square, tmp_path / "wide.pt")
-    expected = resize_pos_embed(wide.pos_embed.detach(), (2, 8), (4, 4)).flatten(1, 2)
+    expected = resize_pos_embed(wide.pos_embed.detach(), (2, 8), (4, 4))
     torch.testing.assert_close(square.pos_embed.detach(), expected)
     assert not torch.equal(square.pos_embed, wide.pos_embed)
 
 
-def test_ten_patches_are_not_taken_for_nine_and_a_class_token(tmp_path):
+def test_ten_patches_are_not_mistaken_for_deit_format(tmp_path):
     plain = replace(CONFIG, img_size=(8, 20), gpsa_layers=0)
     trained, fresh = perturb(ConViT(plain)), ConViT(plain)
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
@@ -56,7 +57,7 @@ def test_ten_patches_are_not_taken_for_nine_and_a_class_token(tmp_path):
     assert same_weights(trained, fresh)
 
 
-def test_another_number_of_classes_keeps_the_new_head(tmp_path):
+def test_other_number_of_classes_keeps_the_new_head(tmp_path):
     torch.save(perturb(ConViT(CONFIG)).state_dict(), tmp_path / "weights.pt")
     model = ConViT(ConViTConfig(**{**vars(CONFIG), "num_classes": 3}))
     head = model.head.weight.clone()
@@ -73,7 +74,7 @@ def test_another_number_of_classes_keeps_the_new_head(tmp_path):
     assert torch.equal(model.head.weight, head)
 
 
-def test_keys_that_do_not_fit_are_all_named_and_nothing_changes(tmp_path):
+def test_mismatched_keys_are_named_and_nothing_changes(tmp_path):
     model = ConViT(CONFIG)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = perturb(ConViT(CONFIG)).state_dict()
@@ -88,6 +89,31 @@ def test_keys_that_do_not_fit_are_all_named_and_nothing_changes(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_new_parameters_keep_their_initial_values(tmp_path):
+    class Extended(ConViT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.blocks[0].attn.relative_bias = torch.nn.Parameter(torch.full((9,), 7.0))
+
+    trained, extended = perturb(ConViT(CONFIG)), Extended(CONFIG)
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="missing: .*relative_bias"):
+        load_weights(extended, tmp_path / "weights.pt")
+    load_weights(extended, tmp_path / "weights.pt", new=("relative_bias",))
+    assert (extended.blocks[0].attn.relative_bias == 7).all()
+    assert torch.equal(extended.blocks[0].attn.v.weight, trained.blocks[0].attn.v.weight)
+
+
+def test_an_error_names_five_keys_and_counts_the_rest(tmp_path):
+    deeper = ConViT(replace(CONFIG, depth=5))
+    torch.save(deeper.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError) as caught:
+        load_weights(ConViT(CONFIG), tmp_path / "weights.pt")
+    assert str(caught.value).count("blocks.") == 5
+    num_unexpected = len(deeper.state_dict()) - len(ConViT(CONFIG).state_dict())
+    assert f"and {num_unexpected - 5} more" in str(caught.value)
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path
@@ -97,7 +123,7 @@ class Malicious:
 
 
 @pytest.mark.filterwarnings("ignore")  # the files are meant to be odd
-def test_bad_files_give_one_clear_error_and_run_nothing(tmp_path):
+def test_bad_files_give_one_sentence_and_execute_nothing(tmp_path):
     model = ConViT(CONFIG)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(FileNotFoundError, match="no file"):
@@ -122,9 +148,9 @@ def test_bad_files_give_one_clear_error_and_run_nothing(tmp_path):
     for name in (*bad, "malicious_zip", "list", "tensor", "config", "foreign", "short"):
         with pytest.raises(ValueError, match=name):
             load_weights(model, tmp_path / name)
-    with pytest.raises(ValueError, match="out of reach"):
+    with pytest.raises(ValueError, match="cannot be downloaded, is damaged"):
         load_weights(model, tmp_path)  # a folder
-    with pytest.raises(ValueError, match="out of reach"):
+    with pytest.raises(ValueError, match="cannot be downloaded, is damaged"):
         load_weights(model, "http://127.0.0.1:9/weights.pth")  # nobody listens there
     assert not (tmp_path / "ran").exists()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
