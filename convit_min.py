@@ -4,23 +4,22 @@ ConViT (d'Ascoli et al., 2021, https://arxiv.org/abs/2103.10697) is a vision tra
 positional self-attention (GPSA). Every GPSA head blends two attention maps with a learned gate:
 
     content    C = softmax(q k^T / sqrt(d))       depends on the image
-    position   P = softmax(v_pos . r)             depends only on the offset r = (dx, dy, dx^2 + dy^2) from query to
-                                                  key, in patches; v_pos is three learned numbers per head
+    position   P = softmax(v_pos . r)             depends only on the offset from query to key, in patches:
+                                                  r = (dx, dy, dx^2 + dy^2), dx to the right, dy down
     mixed      A = (1 - g) C + g P                g = sigmoid(gating_param), one learned gate per head
     output     proj(A v)
 
-Softmax comes before mixing: the raw scores have unrelated scales, and g is the fraction of position in a head only if
-both maps sum to 1.
+Each map is normalized before mixing: the raw scores have unrelated scales, and g is the positional fraction of a head
+only if both maps sum to 1.
 
-At initialization, a GPSA layer is a blurred convolution: position dominates (g = 0.73) and content is nearly uniform.
+A GPSA layer is initialized as a blurred convolution: position dominates (g = 0.73) and content is nearly uniform.
 With v_pos = alpha (2 Dx, 2 Dy, -1), P is a Gaussian around the offset (Dx, Dy), about 1 / sqrt(alpha) patches wide, and
-each head gets one tap of a small kernel. Trained heads can be read the same way: alpha = -v_pos[2] and (Dx, Dy) =
-v_pos[:2] / (2 alpha), as long as alpha > 0; otherwise P has no peak.
+each head is assigned one tap of a small kernel. Read a trained head the same way: alpha = -v_pos[2] and (Dx, Dy) =
+v_pos[:2] / (2 alpha) if alpha > 0; with alpha < 0, the head avoids that point, and P has no peak.
 
-Released checkpoints load without conversion. For images of another size, P is recomputed and pos_embed interpolated.
-
-Shapes: b batch, c channels, h heads, d channels per head, n tokens (n = Y X, plus 1 with the class token), Y X rows and
-columns of the patch grid; where query and key are both split into rows and columns, y x are those of the key.
+Released ConViT checkpoints load without conversion. At another image size, P is recomputed, pos_embed interpolated.
+Shapes: b batch, c channels, h heads, d channels per head, n tokens. The patch grid has Y rows and X columns: n = Y X,
+plus 1 with the class token. Where a pattern contains both grids, Y X index the query and lowercase y x the key.
 """
 
 import difflib
@@ -38,18 +37,18 @@ Grid = tuple[int, int]  # rows and columns of patches: Y, X
 
 
 @dataclass(frozen=True)
-class ConViTConfig:  # raises ValueError if it cannot work
-    img_size: int | tuple[int, int] = 224  # or a pair
+class ConViTConfig:  # invalid settings: ValueError
+    img_size: int | tuple[int, int] = 224  # (height, width)
     patch_size: int = 16
     in_chans: int = 3
     num_classes: int = 1000  # 0: return features
     dim: int = 192
     depth: int = 12
-    num_heads: int = 4  # taps of the initial kernel: 4 is 2 x 2, 9 is 3 x 3, 6 is 2 x 3, a prime such as 7 is 1 x 7
+    num_heads: int = 4  # and taps of the initial kernel: 4 gives 2 x 2, 9 gives 3 x 3, 6 gives 2 x 3, 7 gives 1 x 7
     gpsa_layers: int = 10  # the first gpsa_layers blocks use GPSA, the rest self-attention; 0 gives a plain ViT
     mlp_ratio: float = 4.0
     qkv_bias: bool = False  # True in DeiT
-    drop_path: float = 0.0  # stochastic depth rate of the last block; it rises linearly from 0 in the first
+    drop_path: float = 0.0  # stochastic depth rate of the last block, rising linearly from 0 in the first
     locality_strength: float = 1.0  # initial alpha
     conv_init: bool = True  # False: random init (Table 3)
     gate_init: float = 1.0  # a logit: sigmoid(1) = 0.73
@@ -61,7 +60,7 @@ class ConViTConfig:  # raises ValueError if it cannot work
         sizes = height, width, patch_size, self.in_chans, self.dim, self.depth, self.num_heads, self.mlp_ratio
         if min(*sizes, self.num_classes + 1) <= 0:
             raise ValueError("all sizes must be positive, except num_classes, which must be at least 0")
-        never_joins = self.pool == "token" and self.gpsa_blocks.stop == self.depth
+        token_never_joins = self.pool == "token" and self.gpsa_blocks.stop == self.depth
         problems = {
             f"img_size={self.img_size} must be a multiple of {patch_size=}": height % patch_size or width % patch_size,
             f"dim={self.dim} must be a multiple of num_heads={self.num_heads}": self.dim % self.num_heads,
@@ -69,7 +68,7 @@ class ConViTConfig:  # raises ValueError if it cannot work
             f"drop_path={self.drop_path} must be at least 0 and below 1": not 0 <= self.drop_path < 1,
             f'gating={self.gating!r} must be "learned" or "frozen"': self.gating not in ("learned", "frozen"),
             f'pool={self.pool!r} must be "token" or "mean"': self.pool not in ("token", "mean"),
-            'the class token joins after the last GPSA block: lower gpsa_layers or set pool="mean"': never_joins,
+            'the class token joins after the last GPSA block: lower gpsa_layers or set pool="mean"': token_never_joins,
         }
         if any(problems.values()):
             raise ValueError("; ".join(message for message in problems if problems[message]))
@@ -95,14 +94,14 @@ MODELS = {
     "convit_small_plus": ConViTConfig(dim=576, num_heads=9),
     "convit_base":       ConViTConfig(dim=768, num_heads=16),
     "convit_base_plus":  ConViTConfig(dim=1024, num_heads=16),
-    # its DeiT baselines; DeiT's position embedding of the class token is part of cls_token here
+    # the paper's DeiT baselines; cls_token includes DeiT's position embedding of the class token
     "deit_tiny":         ConViTConfig(dim=192, num_heads=3, gpsa_layers=0, qkv_bias=True),
     "deit_tiny_plus":    ConViTConfig(dim=256, num_heads=4, gpsa_layers=0, qkv_bias=True),
     "deit_small":        ConViTConfig(dim=384, num_heads=6, gpsa_layers=0, qkv_bias=True),
     "deit_small_plus":   ConViTConfig(dim=576, num_heads=9, gpsa_layers=0, qkv_bias=True),
     "deit_base":         ConViTConfig(dim=768, num_heads=12, gpsa_layers=0, qkv_bias=True),
     "deit_base_plus":    ConViTConfig(dim=1024, num_heads=16, gpsa_layers=0, qkv_bias=True),
-    # 32-pixel images: nano (1.2 M) for two CPU cores, the other (9.0 M) for a GPU; each with the ViT of its shape
+    # 32-pixel images: nano (1.2 M) trains on two CPU cores, the other (9.0 M) on a GPU; each with its plain ViT
     "convit_cifar_nano": ConViTConfig(32, 4, num_classes=10, dim=144, depth=7, num_heads=9, gpsa_layers=5, mlp_ratio=2),
     "vit_cifar_nano":    ConViTConfig(32, 4, num_classes=10, dim=144, depth=7, num_heads=9, gpsa_layers=0, mlp_ratio=2),
     "convit_cifar":      ConViTConfig(32, 4, num_classes=10, dim=288, depth=9, num_heads=9, gpsa_layers=7),
@@ -118,19 +117,19 @@ class HeadAttention(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """C v; q, k, v are b h n d each."""
+    """C v, where q, k, and v are b h n d each."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 256:  # the fused backward is slow here
-        return (q.shape[-1] ** -0.5 * q @ k.mT).softmax(dim=-1) @ v
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def content_map(q: Tensor, k: Tensor) -> Tensor:
-    """C itself, in float32, by way of float64, which autocast does not touch: (b h n d) (b h n d) -> b h n n."""
+    """C in float32, by way of float64, which autocast does not downcast: (b h n d) (b h n d) -> b h n n."""
     return (q.double() @ k.double().mT / math.sqrt(q.shape[-1])).softmax(dim=-1).float()
 
 
 class GPSA(nn.Module):
-    """Gated positional self-attention (Section 3 of the paper): b n c -> b n c, on a patch grid of any size."""
+    """Gated positional self-attention (Section 3 of the paper): b n c -> b n c, patch tokens of a grid of any size."""
 
     def __init__(self, config: ConViTConfig):
         super().__init__()
@@ -140,15 +139,15 @@ class GPSA(nn.Module):
         self.v = nn.Linear(dim, dim, bias=bias)
         self.proj = nn.Linear(dim, dim)
         self.pos_proj = nn.Linear(3, config.num_heads)  # row h of the weight is v_pos of head h
-        self.pos_proj.bias.requires_grad_(False)  # unused: softmax would cancel it; released weights have it
+        self.pos_proj.bias.requires_grad_(False)  # unused, softmax would cancel it; released weights have it
         self.gating_param = nn.Parameter(torch.empty(config.num_heads), requires_grad=config.gating == "learned")
 
     @torch.no_grad()
     def init_parameters(self):
-        """Set the gates, and v_pos and v to the convolutional init: v_pos . r = -alpha |(dx, dy) - (Dx, Dy)|^2 + const.
+        """Set the gates. With conv_init, also set v and v_pos: v_pos . r = -alpha |(dx, dy) - (Dx, Dy)|^2 + const.
 
-        (Dx, Dy) runs through the taps of a kernel, column by column: in a 3 x 3 kernel with alpha = 1, head 1 is the
-        patch on the left, v_pos = (-2, 0, -1). Along a side of even length, taps fall halfway between patches.
+        (Dx, Dy) runs through the taps of a kernel, column by column: in a 3 x 3 kernel with alpha = 1, head 1 (of 0..8)
+        attends to the patch on the left, v_pos = (-2, 0, -1). Along an even side, taps fall halfway between patches.
         """
         self.gating_param.fill_(self.config.gate_init)
         if not self.config.conv_init:
@@ -158,7 +157,7 @@ class GPSA(nn.Module):
         delta_x, delta_y = head // rows - (columns - 1) / 2, head % rows - (rows - 1) / 2
         v_pos = torch.stack([2 * delta_x, 2 * delta_y, -torch.ones(self.num_heads)], dim=1)
         self.pos_proj.weight.copy_(self.config.locality_strength * v_pos)
-        nn.init.eye_(self.v.weight)  # v copies its input: proj is the kernel, per tap a map of d channels to all c
+        nn.init.eye_(self.v.weight)  # v copies its input, so proj is the kernel: per tap, a map of d channels to c
 
     def gate(self) -> Tensor:
         return self.gating_param.sigmoid()  # h
@@ -168,7 +167,7 @@ class GPSA(nn.Module):
         return torch.lerp(content, position, self.gate()[:, None, None].to(content.dtype))
 
     def attention_maps(self, q: Tensor, k: Tensor, grid: Grid) -> HeadAttention:
-        """C, P, g and A as defined at the top of this file, for inspection; `forward` computes A v without P and A."""
+        """C, P, g and A as defined at the top of this file, for inspection; `forward` computes A v without A."""
         row, column = torch.cartesian_prod(*map(torch.arange, grid)).to(q.device).unbind(dim=1)  # n each
         dx, dy = column[None, :] - column[:, None], row[None, :] - row[:, None]  # key minus query: n n
         r = torch.stack([dx, dy, dx**2 + dy**2])  # 3 n n
@@ -181,7 +180,7 @@ class GPSA(nn.Module):
         """P_y (h Y y) and P_x (h X x), whose Kronecker product is P.
 
         v_pos . r is a function of dx plus a function of dy, and exp of a sum is a product, so the softmax over the grid
-        is the product of one softmax per axis. In float64: scores reach hundreds, where bfloat16 has steps of 2.
+        is exactly the product of one softmax per axis. In float64: bfloat16 would round scores of hundreds by about 1.
         """
         slope_x, slope_y, curvature = self.pos_proj.weight.double()[:, :, None, None].unbind(dim=1)  # h 1 1 each
         y, x = (torch.arange(side, device=slope_x.device) for side in grid)
@@ -191,7 +190,7 @@ class GPSA(nn.Module):
         return score_y.softmax(-1), score_x.softmax(-1)
 
     def forward(self, x: Tensor, grid: Grid, return_attention: bool = False) -> tuple[Tensor, HeadAttention | None]:
-        """A v = (1 - g) C v + g P v, where P v takes n (Y + X) d multiplications per head instead of n^2 d."""
+        """A v = (1 - g) C v + g P v, where P v costs n (Y + X) d multiplications per head instead of n^2 d."""
         q, k = rearrange(self.qk(x), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
         v = rearrange(self.v(x), "b n (h d) -> b h n d", h=self.num_heads)
         content_out = attend(q, k, v)  # C v
@@ -249,7 +248,7 @@ class Block(nn.Module):  # pre-norm: b n c -> b n c
 
 
 class ConViT(nn.Module):
-    """Patch embedding, GPSA blocks, class token (it has no position, so it joins here), self-attention blocks, head."""
+    """GPSA blocks, then self-attention blocks; the class token joins between them, since it has no grid position."""
 
     def __init__(self, config: ConViTConfig):
         super().__init__()
@@ -266,17 +265,17 @@ class ConViT(nn.Module):
                 nn.init.trunc_normal_(param, std=0.02)
             elif name.endswith("bias") and not name.startswith("patch_embed"):
                 nn.init.zeros_(param)
-        for index in config.gpsa_blocks:  # last, since the rule above sets their parameters, too
+        for index in config.gpsa_blocks:  # last: the rule above overwrites weights and biases
             self.blocks[index].attn.init_parameters()
 
-    def encode(self, images: Tensor, return_attention: bool = False) -> tuple[Tensor, list[HeadAttention]]:
-        """Images (b c H W) -> tokens after the last norm (b n c), the class token first, and the maps of all blocks."""
+    def encode(self, images: Tensor, return_attention: bool = False) -> tuple[Tensor, list[HeadAttention | None]]:
+        """Images (b c H W) -> tokens after the last norm (b n c), the class token first; maps of each block or None."""
         if any(side % self.config.patch_size for side in images.shape[-2:]):
             raise ValueError(f"image sides must be multiples of patch_size={self.config.patch_size}")
         x = self.patch_embed(images)
         grid = x.shape[-2:]
         pos_embed = resize_pos_embed(self.pos_embed, self.config.grid, grid)
-        x = rearrange(x, "b c Y X -> b (Y X) c").contiguous() + pos_embed  # contiguous: else every block copies
+        x = rearrange(x, "b c Y X -> b (Y X) c").contiguous() + pos_embed  # or every block would copy x
         attention = []
         for index, block in enumerate(self.blocks):
             if index == self.config.gpsa_blocks.stop and self.cls_token is not None:
@@ -291,7 +290,7 @@ class ConViT(nn.Module):
         return (x, None) if self.cls_token is None else (x[:, 1:], x[:, 0])
 
     def forward(self, images: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, list[HeadAttention]]:
-        """Images (b c H W), H and W multiples of patch_size -> logits (b num_classes), and the maps of every block."""
+        """Images (b c H W), H and W multiples of patch_size -> logits (b num_classes); if asked, maps of all blocks."""
         x, attention = self.encode(images, return_attention)
         logits = self.head(x.mean(dim=1) if self.cls_token is None else x[:, 0])
         return (logits, attention) if return_attention else logits
@@ -299,22 +298,23 @@ class ConViT(nn.Module):
 
 def resize_pos_embed(pos_embed: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:
     """Interpolate a position embedding from one grid (Y, X) to another: 1 n c -> 1 n c."""
-    if not torch.compiler.is_exporting() and tuple(old_grid) == tuple(new_grid):  # an exported graph takes any size
+    if not torch.compiler.is_exporting() and tuple(old_grid) == tuple(new_grid):  # exported graphs interpolate
         return pos_embed
-    image = rearrange(pos_embed.double(), "1 (Y X) c -> 1 c Y X", Y=old_grid[0])  # half types lack this interpolation
+    image = rearrange(pos_embed.double(), "1 (Y X) c -> 1 c Y X", Y=old_grid[0])  # half types cannot interpolate
     image = F.interpolate(image, size=tuple(new_grid), mode="bicubic", antialias=True)
     return rearrange(image, "1 c Y X -> 1 (Y X) c").to(pos_embed.dtype)
 
 
 def create_model(name: str, **overrides) -> ConViT:
-    """create_model("convit_tiny", num_classes=10): a model of MODELS, with any field of ConViTConfig overridden."""
+    """Build a model of MODELS, any field of ConViTConfig overridden: create_model("convit_tiny", num_classes=10)."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; did you mean {difflib.get_close_matches(name, MODELS, cutoff=0)}?")
     return ConViT(replace(MODELS[name], **overrides))
 
 
-if __name__ == "__main__":  # one head at initialization: its maps around a query patch of an 8 x 8 grid
-    content, position, gate, mixed = create_model("convit_cifar_nano")(torch.rand(1, 3, 32, 32), True)[1][0]
-    print(f"gate {gate[1]:.2f}")
+if __name__ == "__main__":  # one head at initialization: its maps from the query patch at row 4, column 4 of 8 x 8
+    _, attention = create_model("convit_cifar_nano")(torch.rand(1, 3, 32, 32), return_attention=True)
+    content, position, gate, mixed = attention[0]
+    print(f"gate {gate[1]:.2f}; attention to the patch and its 8 neighbors")
     for name, head_map in (("C", content[0, 1]), ("P", position[1]), ("A", mixed[0, 1])):
         print(name, head_map[4 * 8 + 4].detach().unflatten(0, (8, 8))[3:6, 3:6], sep="\n")

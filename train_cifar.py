@@ -128,7 +128,7 @@ def train(config: Config):
 def main():
     try:
         train(parse_flags(Config, __doc__))
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         distributed.abort(error)
     distributed.cleanup()
 

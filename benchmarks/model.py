@@ -12,6 +12,7 @@ Writes results/benchmarks/model-DEVICE-DTYPE[-compiled].{json,md,png}.
 """
 
 import argparse
+import gc
 import math
 import os
 import re
@@ -166,6 +167,7 @@ def compare(
         seconds[mode] = time_interleaved(steps, args.repetitions, args.device)
     del cases, steps
     torch.compiler.reset()  # later models would exceed the recompile limit
+    gc.collect()  # compiled models are in reference cycles
     torch.cuda.empty_cache()  # the processes that measure memory need it
     memory = {variant: run_in_new_process(training_memory, variant, config, batch_size, args) for variant in variants}
     rows = []

@@ -19,7 +19,7 @@ from experiments.migrate import migrate
 from experiments.sweep import RunSpec, Sweep, read_run, run_main
 
 RUNS = Path(__file__).parent.parent / "results" / "evidence" / "runs.jsonl"
-# flags of the worktree's train_cifar.py, which has the names of before experiments.migrate
+# flags of the worktree's train_cifar.py, by their old names; experiments.migrate renames them in the finished runs
 RECIPE = "--epoch-steps 2500 --amp bf16 --batch-size 32 --data-dir data/cifar10"
 TUNING = "--seed 100 --hold-out 0.1 --epochs 2 --warmup-epochs 0.2"
 FULL_LENGTH = "--epochs 4 --warmup-epochs 0.4"

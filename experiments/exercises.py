@@ -30,12 +30,12 @@ class Exercise:
     """A section of docs/exercises.md."""
 
     number: int  # 0 is the unchanged model
-    title: str
+    title: str  # with the number
     diff: str  # all diffs of the section
     flags: list[str]  # of train_cifar.py, including the shared recipe
 
     def run(self, seed: int, data_dir: str = Config.data_dir) -> RunSpec:
-        """Its run with this seed, which is defined by flags and diff."""
+        """The run of this exercise with a seed; flags and diff define it."""
         flags = [*self.flags, "--seed", str(seed), "--data-dir", data_dir]
         return RunSpec(f"{self.number}_seed={seed}", flags, definition=f"{shlex.join(self.flags)}\n{self.diff}")
 
@@ -51,7 +51,7 @@ def parse_exercises(text: str) -> list[Exercise]:
             raise UserError(f"exercise {number} needs a command, python train_cifar.py $RECIPE ..., and a RECIPE=")
         flags = shlex.split(recipe[1] + re.sub(r"--run \S+", "", command[1]))
         diff = "@@\n".join(re.findall(r"^```diff\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL))
-        exercises.append(Exercise(int(number), title, diff, flags))
+        exercises.append(Exercise(int(number), f"{number}. {title}", diff, flags))
     return exercises
 
 
@@ -89,7 +89,7 @@ def do_exercises(numbers: list[int], seeds: int, data_dir: str):
     sweep.missing(runs)  # raises UserError if any exercise has changed
 
     def prepare(run: RunSpec) -> Path:
-        print(f"{exercise_of[run.name].number}. {exercise_of[run.name].title}", flush=True)
+        print(exercise_of[run.name].title, flush=True)
         return copy_code(exercise_of[run.name].diff, sweep.work / f"{run.name}.code")
 
     while sweep.train_next([run for run in runs if exercise_of[run.name].number in (numbers or exercises)], prepare):
@@ -97,9 +97,8 @@ def do_exercises(numbers: list[int], seeds: int, data_dir: str):
     records, cells = sweep.records(), {}
     for run in runs:
         if run.name in records:
-            row = f"{exercise_of[run.name].number}. {exercise_of[run.name].title}"
-            cells.setdefault((row, "test accuracy"), []).append(records[run.name])
-    report.write_table("exercises", cells, RESULTS / "exercises")
+            cells.setdefault((exercise_of[run.name].title, "test accuracy"), []).append(records[run.name])
+    report.write_table("exercise", cells, RESULTS / "exercises")
 
 
 def main():

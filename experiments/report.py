@@ -49,19 +49,20 @@ def format_mean_std(cell: dict) -> str:
     return f"{cell['mean']:.1f}{std}"
 
 
-def summarize_heads(records: list[dict]) -> dict:
-    """Mean gate and non-locality of the GPSA heads after the last epoch, and how many have a gate below 0.5."""
-    heads = [record["metrics"][-1]["heads"] for record in records]
-    gates, distances = (np.array([values[key] for values in heads], dtype=float) for key in ("gate", "non_locality"))
+def summarize_heads(rows: list[dict]) -> dict:
+    """Mean gate (NaN for a plain ViT) and non-locality of the GPSA heads in rows of metrics; heads with gate < 0.5."""
+    gates, distances = (np.array([row["heads"][key] for row in rows], dtype=float) for key in ("gate", "non_locality"))
     gated = ~np.isnan(gates)
-    content_heads = (gates[gated] < 0.5).sum() / len(records)
+    if not gated.any():
+        return {"mean_gate": np.nan}
+    content_heads = (gates[gated] < 0.5).sum() / len(rows)
     return {"mean_gate": gates[gated].mean(), "non_locality": distances[gated].mean(), "content_heads": content_heads}
 
 
 def write_table(name: str, records: dict[tuple[str, str], list[dict]], file: Path) -> dict[tuple[str, str], dict]:
     """Write a table from the runs of each cell, one per seed; return the cells."""
     cells = {cell: summarize_runs(runs) for cell, runs in records.items()}
-    runs = [run for cell in records.values() for run in cell]
+    runs = [run for cell_runs in records.values() for run in cell_runs]
     config = runs[0]["config"]
     steps = " or ".join(str(count) for count in sorted({cell["steps"][-1] for cell in cells.values()}))
     rates = " or ".join(f"{lr:g}" for lr in sorted({run["config"]["lr"] for run in runs}))
@@ -72,8 +73,9 @@ def write_table(name: str, records: dict[tuple[str, str], list[dict]], file: Pat
     ]
     paper_columns, extra = PAPER.get(name, ([], []))
     extra_columns = [f"paper: {column}" for column in paper_columns]
-    if name == "exercises":
-        cells = {cell: summary | summarize_heads(records[cell]) for cell, summary in cells.items()}
+    if name == "exercise":
+        for cell, cell_runs in records.items():
+            cells[cell] |= summarize_heads([run["metrics"][-1] for run in cell_runs])
         extra_columns = ["mean gate", "non-locality", "content-dominated heads (gate < 0.5)"]
         keys = {"mean_gate": ".2f", "non_locality": ".2f", "content_heads": ".1f"}
         extra = [[f"{cell[key]:{style}}" for key, style in keys.items()] for cell in cells.values()]
@@ -153,14 +155,16 @@ def compare(runs: list[dict], folder: Path):
     accuracy, gate = figure.subplots(1, 2)
     for run in runs:
         epochs, values = ([row[key] for row in run["metrics"]] for key in ("epoch", "test_accuracy"))
-        gates = [mean_gate(row) for row in run["metrics"]]
+        gates = [summarize_heads([row])["mean_gate"] for row in run["metrics"]]
         accuracy.plot(epochs, values, "o-", markersize=4, label=run["name"])
         gate.plot(epochs, gates, "o-", markersize=4)
         last_gate = "" if np.isnan(gates[-1]) else f"{gates[-1]:.2f}"
         command = f"`{run['provenance'][0]['command']}`"
         table.append([run["name"], f"{values[-1]:.1f}", str(epochs[-1]), last_gate, command])
     accuracy.set(xlabel="epoch", ylabel=f"{images} accuracy (%)")
-    gate.set(xlabel="epoch", ylabel="mean gate: 0 content, 1 position", ylim=(0, 1.03))
+    gate.set(xlabel="epoch", ylabel="mean gate (0: content, 1: position)", ylim=(0, 1.03))
+    accuracy.locator_params(axis="x", integer=True)
+    gate.locator_params(axis="x", integer=True)
     accuracy.legend(frameon=False, fontsize="small")
     figure.savefig(folder / "compare.png", dpi=120)
 
@@ -169,12 +173,6 @@ def compare(runs: list[dict], folder: Path):
     notes = f"One seed each; {'; '.join(made['hardware'])}. Table and plot: `{made['command']}`."
     lines = [*markdown(head, table), "", notes, "", "![accuracy and mean gate over epochs](compare.png)"]
     write_text(folder / "README.md", "\n".join(lines) + "\n")
-
-
-def mean_gate(row: dict) -> float:
-    """Mean gate of the GPSA layers in a row of metrics; NaN for a plain ViT."""
-    gates = [gate for layer in row["heads"]["gate"] for gate in layer if gate is not None]
-    return mean(gates) if gates else np.nan
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -222,7 +220,7 @@ def plot_ablation(cells: dict) -> Figure:
         means, stds = column_values(cells, column)
         axes.errorbar(means, rows, xerr=stds, color=COLORS[0], marker="o", linestyle="", capsize=4)
         axes.axvline(means[0], color="gray", linestyle="--", linewidth=1)
-        axes.set(title=column if len(columns) == 1 else f"{column} of the training images", xlabel="test accuracy (%)")
+        axes.set(title=f"{column} of the training images" if len(columns) > 1 else "", xlabel="test accuracy (%)")
     panels[0].invert_yaxis()
     return figure
 
@@ -280,6 +278,6 @@ PLOTS = {
     "learning-rate": lambda cells: plot_lines(cells, "learning rate", "validation accuracy (%)"),
     "sample-efficiency": lambda cells: plot_lines(cells, "fraction of the training images", "test accuracy (%)"),
     "ablation": plot_ablation,
-    "exercises": plot_ablation,
+    "exercise": plot_ablation,
     "locality": plot_locality,
 }

@@ -78,9 +78,8 @@ class Sweep:
         """Train the first missing run that no other process trains; return False if no run is missing.
 
         `prepare` returns the code folder that trains a run; paths in the run's flags are relative to `cwd`.
-        Raises UserError if the run fails, and on SIGINT or SIGTERM once the run is saved.
+        Raises UserError if the run fails, and once it is saved after a KeyboardInterrupt.
         """
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         self.work.mkdir(parents=True, exist_ok=True)
         if not (missing := self.missing(runs)):
             return False
@@ -153,7 +152,8 @@ def _check(run: RunSpec, record: dict, remedy: str):
 
 
 def run_main(function: Callable, *args):
-    """Call a function; on a UserError or Ctrl-C, end the process with one line."""
+    """Call a function; on a UserError, SIGINT or SIGTERM, end the process with one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         function(*args)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures shared by several test files."""
 
 import contextlib
 import os
@@ -42,12 +42,12 @@ torch.set_num_threads(2)
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test starts from the same random numbers."""
+    """Every test starts with the same random seed."""
     torch.manual_seed(0)
 
 
 def perturb(model: torch.nn.Module) -> torch.nn.Module:
-    """Move all weights away from their structured start, gates and positions the most, so that no term can hide."""
+    """Perturb all weights of a structured initialization, gates and positions most, so that every term matters."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = 1.0 if name.endswith(("gating_param", "pos_proj.weight", "pos_proj.bias")) else 0.02
@@ -57,8 +57,8 @@ def perturb(model: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory) -> Path:
-    """96 training and 16 test pictures of two classes, hard to tell apart."""
-    root, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    """96 training and 16 test images of two classes that are hard to distinguish."""
+    root, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for name, least, *counts in (("bright", 8, 48, 10), ("dark", 0, 48, 6)):
         for split, count in zip(("train", "test"), counts, strict=True):
             (root / split / name).mkdir(parents=True)

@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from analysis import read_metrics
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--epochs", "6", "--batch-size", "8", "--drop-path", "0.2", "--mixup", "0.8", "--save-every", "3"]
+QUICK += ["--device", "cpu"]  # forked processes cannot use CUDA
 
 # a process that has imported everything but has no threads: its children start within milliseconds
 server = multiprocessing.get_context("forkserver")
@@ -227,51 +229,51 @@ def children_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def torchrun(tmp_path: Path, *flags, restarts: int = 0) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [f"--max-restarts={restarts}", "--", "train_cifar.py", *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as in the README
-    with open(tmp_path / "torchrun.log", "w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+def torchrun(log: Path, *flags, machines: int = 1, restarts: int = 0) -> list[subprocess.Popen]:
+    """Two processes under one agent, or under two agents that act as two machines."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={2 // machines}"]
+    command += [f"--nnodes={machines}", f"--max-restarts={restarts}", "--rdzv-backend=c10d", "--rdzv-id=test"]
+    command += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--", "train_cifar.py", *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as in the docs
+    with open(log, "w") as output:
+        options = {"stdout": output, "stderr": subprocess.STDOUT, "env": environment, "cwd": ROOT}
+        return [subprocess.Popen(command, **options) for _ in range(machines)]
 
 
-def test_two_processes_match_one(tree, tmp_path):
-    plain = [
-        "--data-dir",
-        tree,
-        "--no-hflip",
-        "--crop-padding",
-        "0",
-        "--epochs",
-        "7",
-        "--batch-size",
-        "8",
-        "--device",
-        "cpu",
-    ]
-    pair = torchrun(tmp_path, *plain, "--grad-accum-steps", "2", "--run", tmp_path / "two")
-    status, output = Script(tmp_path / "log", *plain, "--run", tmp_path / "one").wait()
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_machines_survive_a_killed_worker_and_match_one_process(tree, tmp_path):
+    flags = ["--data-dir", tree, "--no-hflip", "--crop-padding", "0", "--epochs", "7", "--batch-size", "8"]
+    flags += ["--grad-accum-steps", "2", "--device", "cpu", "--run"]
+
+    # two machines, of which one loses its worker
+    agents = torchrun(tmp_path / "killed.log", *flags, tmp_path / "killed", machines=2, restarts=1)
+    deadline = time.monotonic() + 120
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while not metrics.exists() or len(read_metrics(metrics.parent)) < 3:
+        assert time.monotonic() < deadline, (tmp_path / "killed.log").read_text()
+        time.sleep(0.02)
+    os.kill(int(children_of(agents[1].pid)[-1]), signal.SIGKILL)
+
+    # two processes on one machine, and a single process
+    undisturbed = torchrun(tmp_path / "two.log", *flags, tmp_path / "two")
+    status, output = Script(tmp_path / "log", *flags, tmp_path / "one").wait()
     assert status == 0, output
-    assert pair.wait(180) == 0, (tmp_path / "torchrun.log").read_text()
+    for log, processes in (("killed.log", agents), ("two.log", undisturbed)):
+        assert [process.wait(180) for process in processes] == [0] * len(processes), (tmp_path / log).read_text()
+
+    assert len(json.loads((tmp_path / "killed" / "provenance.json").read_text())) == 2  # it was resumed
+    assert_same_run(tmp_path / "killed", tmp_path / "two")
     one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
     assert len(one) == 8  # 21 steps
     for single, double in zip(one, two, strict=True):
         assert single.get("train_loss", 0) == pytest.approx(double.get("train_loss", 0), abs=1e-5)
-        assert single["test_loss"] == pytest.approx(double["test_loss"], abs=1e-5)  # 9 images, no one twice
+        assert single["test_loss"] == pytest.approx(double["test_loss"], abs=1e-5)  # 9 images, every image once
         assert single["test_accuracy"] == double["test_accuracy"]
-
-
-def test_torchrun_resumes_after_a_worker_is_killed(tree, tmp_path):
-    run = tmp_path / "run"
-    group = torchrun(tmp_path, "--data-dir", tree, "--run", run, *QUICK, restarts=1)
-    deadline = time.monotonic() + 120
-    while len(read_metrics(run) if (run / "metrics.jsonl").exists() else []) < 3:
-        assert group.poll() is None and time.monotonic() < deadline, (tmp_path / "torchrun.log").read_text()
-        time.sleep(0.02)
-    os.kill(int(children_of(group.pid)[-1]), signal.SIGKILL)
-    assert group.wait(180) == 0, (tmp_path / "torchrun.log").read_text()
-    assert [line["epoch"] for line in read_metrics(run)] == list(range(7))
-    assert len(json.loads((run / "provenance.json").read_text())) == 2
 
 
 @pytest.fixture
@@ -283,6 +285,7 @@ def imagenet(tree, tmp_path) -> Path:
 
 
 SMALL = ["--model", "convit_cifar_nano", "--epochs", "1", "--batch-size", "8", "--warmup-epochs", "0"]
+SMALL += ["--device", "cpu"]
 
 
 def test_number_of_workers_does_not_change_the_run(imagenet, tmp_path):

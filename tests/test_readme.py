@@ -1,96 +1,220 @@
-"""What README.md and EXERCISES.md promise: every file they link to, the lines to paste, the front matter of a Space."""
+"""What the documentation promises: links, tables, numbers, commands, Python blocks, and the front matter of a Space."""
 
 import re
+import shlex
+import shutil
+import sys
 import urllib.request
 
 import pytest
 import torch
 from conftest import DEMO, ROOT, perturb, serving
+from gradio.media import get_image
 
+import train_cifar
+import train_imagenet
 from convit_min import create_model
+from training.config import parse_flags
 
 README = (ROOT / "README.md").read_text()
+DOCS = {f"docs/{file.name}": file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
+TEXTS = {"README.md": README, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text()} | DOCS
+FILES = [*TEXTS, "demo/README.md", *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "results").rglob("*.md")))]
+BLOCKS = {  # by their file and first line
+    f"{name}: {block.splitlines()[0]}": block
+    for name, text in TEXTS.items()
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+}
 
 
-@pytest.mark.parametrize("file", sorted(file.relative_to(ROOT) for file in [*ROOT.glob("*.md"), DEMO / "README.md"]))
-def test_every_linked_file_is_there(file):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / file).read_text())
-    missing = [link for link in links if not (ROOT / file.parent / link).exists()]
-    assert links and not missing
+def code_lines(text: str) -> list[str]:
+    """The lines of indented code blocks, with continuation lines joined."""
+    return re.findall(r"^    (\S.*)$", re.sub(r"\\\n\s+", "", text), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["sample-efficiency", "ablation", "locality"])
-def test_the_tables_are_those_of_the_results(name):
-    rows = [line for line in (ROOT / f"results/reproduce/laptop/{name}.md").read_text().splitlines() if line[:1] == "|"]
-    assert len(rows) > 4 and "\n".join(rows) in README
+def find_commands() -> list[str]:
+    """All commands of our scripts in the documentation, without what precedes "train_imagenet.py" and the like."""
+    commands = set()
+    for text in TEXTS.values():
+        for line in [*code_lines(text), *re.findall(r"`(python [^`]+)`", text)]:
+            if match := re.search(r"(?:-- |python )((?:-m \w+\.|\w+\.py).*)", line):
+                commands.add(" ".join(shlex.split(match[1].rstrip("'"), comments=True)))
+    return sorted(command for command in commands if "$" not in command)
 
 
-def lines_about(words: str) -> str:
-    """The only Python in the README whose first line has these words; five lines at most, but for imports."""
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if words in block.split("\n")[0]]
-    assert len(blocks) == 1
-    assert len([line for line in blocks[0].splitlines()[1:] if line]) <= 5
-    return blocks[0]
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a text."""
+    headings = re.findall(r"^#+ (.+)", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_links_resolve(name):
+    file = ROOT / name
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", file.read_text()):
+        path, _, anchor = link.partition("#")
+        target = file.parent / path if path else file
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_readme_fits_two_screens_and_lists_all_folders():
+    assert len(README.splitlines()) <= 170
+    assert len(re.findall(r"^    (.*pytest)$", README, re.MULTILINE)) == 1  # the one that .ci/run extracts
+    entries = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in code_lines(README.split("## Folders")[1]))
+    assert all((ROOT / name).exists() and len(words.split()) <= 6 for name, words in entries.items())
+    packages = {f"{file.parent.name}/" for file in ROOT.glob("*/__init__.py")}
+    assert packages | {file.name for file in ROOT.glob("*.py")} <= entries.keys()
+
+
+@pytest.mark.parametrize("name", ["laptop/sample-efficiency", "laptop/ablation", "laptop/locality", "gates", "masking"])
+def test_tables_equal_the_results(name):
+    lines = (ROOT / f"results/reproduce/{name}.md").read_text().splitlines()
+    table = "\n".join(line for line in lines if line.startswith("|"))
+    assert table.count("\n") > 3 and table in DOCS["docs/results.md"]
+
+
+def test_numbers_in_the_readme_equal_the_results():
+    def row(start: str) -> list[str]:
+        return re.findall(r"\d+\.\d+", next(line for line in README.splitlines() if line.startswith(f"| {start}")))
+
+    def ratios(dtype: str, variant: str, model: str = "") -> list[list[str]]:
+        """Inference, training, and memory, relative to the plain ViT, of every model."""
+        lines = (ROOT / f"results/benchmarks/model-cpu-{dtype}.md").read_text().splitlines()
+        lines = [line for line in lines if f"| {variant} |" in line and line.startswith(f"| {model}")]
+        return [re.findall(r"\*\*([\d.]+)\*\*", line) for line in lines]
+
+    cifar = (ROOT / "results/cifar10/README.md").read_text()
+    assert row("CIFAR-10") == re.findall(r"^\| (?:demo|vit) \| ([\d.]+)", cifar, re.MULTILINE)
+    (ours,), (timm,) = ratios("fp32", "ours", "convit_tiny |"), ratios("fp32", "timm ConViT", "convit_tiny |")
+    assert row("inference")[:2] == [ours[0], timm[0]] and row("training")[:2] == [ours[1], timm[1]]
+    inference, training, _ = (sorted(column) for column in zip(*ratios("bf16", "ours"), strict=True))
+    spans = [f"{inference[0]} to {inference[-1]} at inference", f"{training[0]} to {training[-1]} in training"]
+    assert all(span in " ".join(README.split()) for span in spans)
+
+
+@pytest.mark.parametrize("command", find_commands())
+def test_commands_have_known_flags(command, monkeypatch):
+    program, *args = command.removeprefix("-m ").split()
+    for module in (train_cifar, train_imagenet):
+        if program == f"{module.__name__}.py":
+            resumed = [arg for arg in args if arg != "--resume"]  # it would read the run folder
+            monkeypatch.setattr(sys, "argv", [program, *resumed])
+            assert parse_flags(module.Config, "").total_epochs > 0
+            return
+    file = ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")
+    sources = [file.read_text(), (ROOT / "benchmarks/timing.py").read_text()]
+    flags = [arg for arg in args if arg.startswith("--")]
+    assert all(any(f'"{flag}"' in source for source in sources) for flag in flags), flags
 
 
 @pytest.fixture
-def in_a_folder(tmp_path, monkeypatch):
+def workspace(tmp_path, monkeypatch, released):
+    """A folder with an image and a run, where weights that would be downloaded are made up."""
+    (tmp_path / "runs" / "cifar").mkdir(parents=True)
+    shutil.copy(max((DEMO / "snapshots").iterdir()), tmp_path / "runs" / "cifar" / "best.pt")
+    shutil.copy(get_image("cheetah1.jpg"), tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
+    deit = perturb(create_model("deit_tiny")).state_dict()
+    deit["pos_embed"] = torch.cat([deit["cls_token"], deit["pos_embed"]], dim=1)
+    files = {
+        "https://dl.fbaipublicfiles.com/convit/convit_tiny.pth": released.state_dict(),
+        "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth": {"model": deit},
+    }
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: files[url])
 
 
-def same_answers(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    images = torch.randn(1, 3, *one.config.image_shape)
-    with torch.no_grad():
-        return torch.allclose(one(images), other.eval()(images), atol=1e-4)
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def released() -> torch.nn.Module:
     return perturb(create_model("convit_tiny"))
 
 
-def test_the_authors_weights(released, monkeypatch):
-    def download(url: str, **_) -> dict:
-        assert url == "https://dl.fbaipublicfiles.com/convit/convit_tiny.pth"
-        return {"model": released.state_dict()}
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
-    names = {}
-    exec(lines_about("the authors'"), names)
-    assert same_answers(names["model"], released)
-
-
-def test_weights_of_ones_own(in_a_folder):
-    names, last = {}, max((DEMO / "snapshots").iterdir())
-    exec(lines_about("a run of your own").replace("runs/cifar/best.pt", str(last)), names)
-    weights = torch.load(last, weights_only=True)["model"]
-    assert all(torch.equal(value.half(), weights[key]) for key, value in names["model"].state_dict().items())
-
-
-def test_timm_there_and_back(released, in_a_folder, monkeypatch):
+@pytest.fixture
+def timm_model(monkeypatch, released) -> torch.nn.Module:
+    """What timm.create_model returns: `released`, which needs no download."""
     timm = pytest.importorskip("timm", reason="timm is the reference; pip install -r requirements-dev.txt")
-    theirs = timm.create_model("convit_tiny")
-    theirs.load_state_dict(released.state_dict())
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: theirs)
-    names = {}
-    exec(lines_about("timm's"), names)
-    assert names["model"] is not released and same_answers(names["model"].eval(), released)
-    theirs.load_state_dict(perturb(create_model("convit_tiny")).state_dict())
-    assert not same_answers(released, theirs)
-    exec(lines_about("timm's").splitlines()[-1], names)  # back
-    assert same_answers(released, theirs)
+    model = timm.create_model("convit_tiny")
+    model.load_state_dict(released.state_dict())
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: model)
+    return model.eval()
 
 
-def test_a_hugging_face_space(tmp_path):
-    """The lines to put on top are a Space's front matter, for a Gradio that we take, and the page comes up as there."""
+def run_block(title: str) -> dict:
+    """Execute the Python block with these words in its first line; return its variables."""
+    (block,) = (block for name, block in BLOCKS.items() if title in name)
+    variables = {}
+    exec(block, variables)
+    return variables
+
+
+def same_logits(model: torch.nn.Module, other: torch.nn.Module) -> bool:
+    images = torch.randn(1, 3, *model.config.image_shape)
+    with torch.no_grad():
+        return torch.allclose(model(images), other.eval()(images), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", [name for name in BLOCKS if "client" not in name and "timm" not in name])
+def test_python_runs_as_written(name, workspace):
+    exec(BLOCKS[name], {})
+
+
+def test_readme_gets_attention_maps_in_five_lines():
+    (name,) = (name for name in BLOCKS if name.startswith("README"))
+    assert len(list(filter(None, BLOCKS[name].splitlines()))) == 5
+    attention = run_block("README")["attention"]
+    assert attention[0].mixed.shape == (1, 4, 196, 196) and attention[0].gate.shape == (4,)
+
+
+def test_weights_of_the_authors(released, workspace):
+    assert same_logits(run_block("the authors' weights")["model"], released)
+
+
+def test_weights_of_a_run(workspace):
+    variables = run_block("a run of your own")
+    record = torch.load("runs/cifar/best.pt", weights_only=True)
+    state = variables["model"].state_dict()
+    assert all(torch.equal(value.half(), record["model"][name]) for name, value in state.items())
+    assert variables["info"]["classes"] == record["classes"]
+
+
+def test_weights_of_timm_and_back(released, timm_model):
+    variables = run_block("timm's weights")
+    model = variables["model"]
+    assert model is not released and same_logits(released, model)
+    perturb(model)
+    assert not same_logits(model, timm_model)
+    exec("timm_model.load_state_dict(model.state_dict())", variables)  # the last line of the block
+    assert same_logits(model, timm_model)
+
+
+def test_features_for_any_image_size(workspace):
+    variables = run_block("features of the patches")
+    assert variables["feature_map"].shape == (2, 192, 16, 12) and variables["cls_token"].shape == (2, 192)
+
+
+def test_python_client(workspace, tmp_path_factory, monkeypatch):
+    import gradio_client
+
+    client = gradio_client.Client
+    with serving(tmp_path_factory.mktemp("server")) as url:
+        monkeypatch.setattr(gradio_client, "Client", lambda _: client(url, verbose=False))
+        heads = run_block("client of a running viewer")["heads"]
+    assert len(heads) == 9 and 0 < heads[4]["gate"] < 1
+    assert len(heads[4]["mixed"]) == 8 and sum(map(sum, heads[4]["mixed"])) == pytest.approx(1, abs=1e-5)
+
+
+def test_hugging_face_space(tmp_path):
+    """The front matter in docs/viewer.md is valid, matches requirements.txt, and the app starts as in a Space."""
     hub = pytest.importorskip("huggingface_hub", reason="comes with gradio")
     from packaging.requirements import Requirement
 
-    front_matter = re.search(r"^    ---\n(.*?)^    ---\n", README, re.DOTALL | re.MULTILINE)[0].replace("\n    ", "\n")
-    card = hub.SpaceCard(front_matter.lstrip() + "\n" + README).data
-    wanted = next(line for line in (ROOT / "requirements.txt").read_text().split() if line.startswith("gradio"))
-    assert card.sdk == "gradio" and Requirement(wanted).specifier.contains(card.sdk_version)
+    lines = re.search(r"^    ---\n(.*?)^    ---\n", DOCS["docs/viewer.md"], re.DOTALL | re.MULTILINE)[0]
+    card = hub.SpaceCard(lines.replace("\n    ", "\n").lstrip() + "\n" + README).data
+    requirements = (ROOT / "requirements.txt").read_text().split()
+    gradio = Requirement(next(line for line in requirements if line.startswith("gradio")))
+    assert card.sdk == "gradio" and gradio.specifier.contains(card.sdk_version)
     assert (ROOT / card.app_file).exists() and card.license == "mit"
-    with serving(tmp_path, space=True) as address:
-        other = address.replace("127.0.0.1", "127.0.0.2")  # it listens to everyone
-        assert b"ConViT" in urllib.request.urlopen(other).read()
+    with serving(tmp_path, space=True) as url:
+        other_address = url.replace("127.0.0.1", "127.0.0.2")  # it listens on all addresses
+        assert b"ConViT" in urllib.request.urlopen(other_address).read()

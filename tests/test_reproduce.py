@@ -1,6 +1,7 @@
 """experiments.sweep and experiments.reproduce: real processes, killed and resumed; numbers against slow references."""
 
 import dataclasses
+import fcntl
 import json
 import math
 import multiprocessing
@@ -18,6 +19,7 @@ import torch
 from conftest import ROOT, perturb
 from PIL import Image
 
+import train_cifar
 from analysis import read_metrics
 from convit_min import GPSA, ConViT, ConViTConfig
 from experiments import migrate, reproduce, sweep
@@ -40,7 +42,7 @@ from pathlib import Path
 
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-signal.signal(signal.SIGINT, lambda *_: os._exit(99))  # a Ctrl-C must not reach it twice
+signal.signal(signal.SIGINT, lambda *_: os._exit(99))  # only experiments.sweep gets a Ctrl-C
 words, flags = sys.argv[1:], {}
 while words:
     name, _, value = words.pop(0).removeprefix("--").partition("=")
@@ -63,14 +65,17 @@ if flags["lr"] > 1:
     sys.exit("the loss is no longer finite")
 seed = {name: value for name, value in flags.items() if name not in ("run", "data_dir")}
 first = json.loads((run / "last.pt").read_text()) if resume else 0
+rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:first] if resume else []
 for epoch in range(first, flags["epochs"] + 1):
     time.sleep(1 if flags["lr"] == 0.5 else 0.1)
     accuracy = int(hashlib.sha256(repr((seed, epoch)).encode()).hexdigest()[:4], 16) / 1000
-    line = {"epoch": epoch, "step": epoch * flags["steps_per_epoch"], "test_accuracy": accuracy}
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\\n")
-    (run / "last.pt").write_text(json.dumps(epoch + 1))
+    row = {"epoch": epoch, "step": epoch * flags["steps_per_epoch"], "test_accuracy": accuracy}
+    rows.append(json.dumps(row) + "\\n")
+    (run / "metrics.jsonl").write_text("".join(rows))
+    (run / "last.tmp").write_text(json.dumps(epoch + 1))
+    os.replace(run / "last.tmp", run / "last.pt")
     if stopped:
+        print("saved", flush=True)
         sys.exit(143)
 """
 
@@ -80,6 +85,7 @@ def run_main(folder: Path, code: Path, argv: list[str]):
     output = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    os.setpgrp()
     os.chdir(folder)
     sweep.CODE = code
     sys.argv = ["reproduce.py", *argv]
@@ -101,7 +107,7 @@ class Reproduce:
         return self.process.exitcode, self.log.read_text()
 
     def wait_for_runs(self, count: int) -> list[Path]:
-        """Wait until so many runs have saved something; their folders, the newest last."""
+        """Wait until `count` runs have saved something; return their folders, the latest to save last."""
         deadline = time.monotonic() + 60
         while len(files := list(self.folder.glob("runs/sweeps/smoke/*/last.pt"))) < count:
             assert self.process.is_alive() and time.monotonic() < deadline, self.log.read_text()
@@ -174,9 +180,10 @@ def test_interrupted_sweep_ends_with_the_same_table(tree, fake_code, uninterrupt
 def test_signal_is_passed_on_once_and_the_run_is_saved(tree, fake_code, tmp_path, number):
     process = Reproduce(tmp_path, fake_code, *FLAGS, tree, "--lr", "0.5")
     run = process.wait_for_runs(1)[0]
-    os.kill(process.process.pid, number)
+    os.killpg(process.process.pid, number)  # as a terminal does on Ctrl-C
     status, output = process.wait()
-    assert status == 130 and output.endswith(f"stopped in the run {run.name}; rerun the same command to resume\n")
+    assert status == 130 and output.count("saved") == 1
+    assert output.endswith(f"stopped in the run {run.name}; rerun the same command to resume\n")
     with pytest.raises(ProcessLookupError):
         os.kill(training_pid(run), 0)  # it ended first
     assert len(read_metrics(run)) == json.loads((run / "last.pt").read_text()) < 3
@@ -224,8 +231,12 @@ def test_append_is_atomic(tmp_path):
     file.write_text('{"name": "first"}\n{"name": "cut off by a cr')
     assert list(Sweep(file, tmp_path).records()) == ["first"]
     processes = [server.Process(target=append_runs, args=(file, prefix)) for prefix in "ab"]
-    for process in processes:
-        process.start()
+    with open(file) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for process in processes:
+            process.start()
+        time.sleep(0.3)
+        assert list(Sweep(file, tmp_path).records()) == ["first"]  # both wait
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
@@ -338,6 +349,8 @@ def test_user_errors_are_one_sentence(tree, uninterrupted, run_command, monkeypa
     assert "typo has no snapshots" in run_command("gates", "--run", "typo", "--data-dir", tree)
     assert "has 2 classes, but" in run_command("masking", "--data-dir", tree)
     assert "has no runs.jsonl" in run_command("compare", tree)
+    smoke = uninterrupted / "results/reproduce/smoke"
+    assert "typo is not a run folder of train_cifar.py" in run_command("compare", smoke, "typo")
     assert not Path("results").exists()
 
 
@@ -346,16 +359,15 @@ def test_help(argv, run_command):
     assert run_command(*argv, "--help") == "0"  # the exit status
 
 
-@pytest.mark.parametrize("name", [*reproduce.TABLES, "learning-rate"])
-def test_committed_tables_are_those_of_the_committed_runs(name, run_command):
+def test_committed_tables_are_those_of_the_committed_runs(run_command):
     """With CIFAR-10 anywhere, or nowhere: nothing is trained."""
-    committed = ROOT / "results" / "reproduce" / "laptop"
-    folder = Path("results/reproduce/laptop")
+    committed, folder = ROOT / "results/reproduce/laptop", Path("results/reproduce/laptop")
     folder.mkdir(parents=True)
     (folder / "runs.jsonl").write_bytes((committed / "runs.jsonl").read_bytes())
-    assert run_command("all") == ""
-    text, expected = ((path / f"{name}.md").read_text().splitlines() for path in (folder, committed))
-    assert [line for line in text if line[:1] != "`"] == [line for line in expected if line[:1] != "`"]
+    assert run_command("all", "--data-dir", "nowhere") == ""
+    for name in (*reproduce.TABLES, "learning-rate"):
+        text, expected = ((path / f"{name}.md").read_text().splitlines() for path in (folder, committed))
+        assert [line for line in text if line[:1] != "`"] == [line for line in expected if line[:1] != "`"]
 
 
 def write_record(run: RunSpec, accuracy: float, budget: str):
@@ -506,20 +518,28 @@ def test_masking_matches_the_reference(tree, run_command, tmp_path):
     assert "| 2 |" in Path("results/reproduce/masking.md").read_text()
 
 
-def test_real_sweep_and_its_plots(tree, run_command, monkeypatch):
-    """Two real runs of train_cifar.py; then the gates of one of them, and a comparison of both."""
-    cells = {
-        ("100%", "ConViT"): {"data_fraction": 1.0},
-        ("100%", "plain ViT"): {"data_fraction": 1.0, "gpsa_layers": 0},
-    }
-    monkeypatch.setattr(reproduce, "tables", lambda budget: {"sample-efficiency": cells})
-    assert run_command(*FLAGS, tree) == ""
+def train_for_real(flags: list[str]):
+    """In a child process: train_cifar.py FLAGS."""
+    sys.argv = ["train_cifar.py", *flags]
+    train_cifar.main()
+
+
+def test_gates_and_comparison_of_real_runs(tree, run_command):
+    """Two runs of the real train_cifar.py, with the flags of a sweep; tests/test_exercises.py trains a whole sweep."""
+    args = Namespace(budget="smoke", seeds=1, amp=None, data_dir=str(tree), dataset=None)
+    runs, stored = Path("runs/sweeps/smoke").resolve(), Sweep(Path("results/reproduce/smoke/runs.jsonl"), Path())
     names = ["data-fraction=1.0_lr=0.001_seed=0", "data-fraction=1.0_gpsa-layers=0_lr=0.001_seed=0"]
-    runs, records = Path("runs/sweeps/smoke"), records_in(Path())
-    assert list(records) == names
-    for name, record in records.items():
-        assert record == read_run(runs / name)
-        assert [line["step"] for line in record["metrics"]] == [0, 3, 6]
+    for name, settings in zip(names, ({}, {"gpsa_layers": 0}), strict=True):
+        (run,) = seed_runs({"data_fraction": 1.0} | settings, 1e-3, args)
+        process = server.Process(target=train_for_real, args=([*run.flags, "--run", str(runs / name)],))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0 and run.name == name
+        stored.append(read_run(runs / name))
+        assert not stored.missing([run])  # the config is the one that was asked for
+    records = stored.records()
+    for record in records.values():
+        assert [row["step"] for row in record["metrics"]] == [0, 3, 6]
         assert record["provenance"][0]["torch"] == torch.__version__
 
     assert run_command("gates", "--run", runs / names[0], "--data-dir", tree) == ""

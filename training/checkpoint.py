@@ -16,7 +16,7 @@ import torch
 import torchvision
 
 from convit_min import ConViT
-from training.distributed import UserError
+from training.distributed import UserError, world_size
 
 START_TIME = datetime.now(timezone.utc)
 
@@ -81,7 +81,10 @@ def snapshot_epochs(epochs: int, count: int = 16) -> set[int]:
 
 def provenance(device: torch.device) -> dict:
     """How a result is produced: command, commit, start time, hardware, and versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name, gpu = f"CPU, {torch.get_num_threads()} threads", {}
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        gpu = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "driver": nvidia_driver()}
     script = Path(sys.argv[0])
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by python -m PACKAGE.MODULE
     program = f"-m {spec.name}" if spec else script.name
@@ -90,12 +93,13 @@ def provenance(device: torch.device) -> dict:
         "commit": git_commit(),
         "started": START_TIME.isoformat(timespec="seconds"),
         "device": name,
+        "processes": world_size(),
         "cpu": cpu_model(),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-    }
+    } | gpu
 
 
 def git_commit() -> str | None:
@@ -105,6 +109,15 @@ def git_commit() -> str | None:
         return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def nvidia_driver() -> str | None:
+    """The version of the NVIDIA driver."""
+    try:
+        version = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    return re.search(r"\d+\.\d+(\.\d+)?", version)[0]
 
 
 def cpu_model() -> str:

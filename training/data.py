@@ -56,7 +56,7 @@ class InMemoryData:
             train = train.select(stratified_subset(train.labels.cpu(), config.data_fraction, config.seed))
         self.config, self.train, self.test = config, train, test
         self.classes, self.num_train = train.classes, len(train.labels)
-        self.sample_images = normalize(test.images[sample_indices(len(test.labels))])
+        self.sample_images = normalize(test.select(sample_indices(len(test.labels))).images)
         split = "validation" if config.val_fraction else "test"
         print0(f"{config.dataset} in {config.data_dir}: {self.num_train} training and {len(test.labels)} {split} "
                f"images of {len(self.classes)} classes; {config.model}, {device}")  # fmt: skip

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,7 +67,8 @@ def init(device_type: str) -> torch.device:
         torch.cuda.set_device(local_rank())
         torch.set_float32_matmul_precision("high")  # TF32 without --amp
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # rank 0 may download or list a dataset
     return torch.device("cuda", local_rank()) if device_type == "cuda" else torch.device("cpu")
 
 
@@ -75,15 +78,17 @@ def print0(message: str):
         print(message, flush=True)
 
 
-def abort(error: UserError) -> NoReturn:
+def abort(error: UserError | torch.OutOfMemoryError) -> NoReturn:
     """Print an error once per machine, terminate data workers, and exit."""
+    if isinstance(error, torch.OutOfMemoryError):
+        error = UserError(f"raise --grad-accum-steps, or lower --batch-size: {error}")
     if local_rank() == 0:
         print(f"\n{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader reports the workers terminated below
     for worker in multiprocessing.active_children():
         worker.terminate()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if dist.is_initialized():  # at once: leaving the group would wait for the other ranks, perhaps for ever
+        os._exit(error.status)
     sys.exit(error.status)
 
 
@@ -92,6 +97,21 @@ def cleanup():
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
+
+
+def from_rank0(function: Callable, *args):
+    """Call a function on rank 0 only and return its result on all ranks; all of them raise its UserError or OSError."""
+    result = [None, None]
+    if rank() == 0:
+        try:
+            result[0] = function(*args)
+        except (UserError, OSError) as error:
+            result[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    if result[1] is not None:
+        raise UserError(result[1])
+    return result[0]
 
 
 def barrier():

@@ -28,7 +28,7 @@ from training.data import (
     stratified_subset,
     to_tensor,
 )
-from training.distributed import UserError, print0, rank, world_size
+from training.distributed import UserError, from_rank0, print0, rank, world_size
 
 EVAL_CROP = 0.875  # of the shorter side: 224 of 256, the standard for ImageNet
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a damaged file
@@ -82,7 +82,7 @@ class StreamedData:
     def __init__(self, config, device: torch.device):
         """Raises UserError, saying what to do, if folders are missing or unusable."""
         size = config.img_size or MODELS[config.model].img_size
-        train, test = find_imagenet(Path(config.data_dir), config.eval)
+        train, test = from_rank0(find_imagenet, Path(config.data_dir), config.eval)
         self.config, self.device, self.classes = config, device, list(train)
         self.train = ImageFolderDataset(*flatten_tree(train, self.classes), size, config.rand_augment)
         self.test = ImageFolderDataset(*flatten_tree(test, self.classes), size)

@@ -122,17 +122,8 @@ class Run:
 
     def _init_run(self):
         """Lock the run folder, restore the state if it is resumed, and write config and provenance."""
-        resumed, history, problem, restarted = self.config.resume, [], "", distributed.was_restarted()
-        if rank() == 0:
-            try:
-                resumed, history = self._acquire_dir(restarted)
-            except (UserError, OSError) as error:
-                problem = str(error)
-        if distributed.all_reduce_max(len(problem)):  # all ranks raise, so that none waits for another
-            raise UserError(problem or "rank 0 could not start the run")
-        records = []
-        if distributed.all_reduce_max(resumed):
-            records = self._resume()
+        resumed, history = distributed.from_rank0(self._acquire_dir, distributed.was_restarted())
+        records = self._resume() if resumed else []
         if rank() == 0:
             entry = checkpoint.provenance(self.device) | {"job": distributed.job_id()}
             checkpoint.write_text(self.dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
@@ -161,6 +152,8 @@ class Run:
             raise UserError(
                 f"another process is training in {self.dir}: wait for it, or choose another --run"
             ) from error
+        except OSError as error:  # some network file systems have no locks
+            print0(f"note: {self.dir} cannot be locked ({error}): start no second process in it")
         return resumed, history
 
     def _resume(self) -> list[dict]:
