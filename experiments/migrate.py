@@ -34,8 +34,8 @@ def migrate(record: dict) -> dict:
     config["run"] = rename_flags(config["run"])
     provenance = [entry | {"command": rename_flags(entry["command"])} for entry in record["provenance"]]
     metrics = [
-        line | {"heads": {"center" if name == "centre" else name: value for name, value in line["heads"].items()}}
-        for line in record["metrics"]
+        row | {"heads": {"center" if name == "centre" else name: value for name, value in row["heads"].items()}}
+        for row in record["metrics"]
     ]
     changes = {"name": rename_flags(record["name"]), "config": config, "provenance": provenance, "metrics": metrics}
     return record | changes

@@ -296,12 +296,12 @@ def test_migration_of_an_old_run(tmp_path):
     )
     config = {"run": "runs/x_hold-out=0.1", "hold_out": 0.1, "flip": False, "shift": 0, "accumulate": 2, "lr": 1e-3}
     config |= {"plain_epochs": 1, "repeats": 3, "epoch_steps": 3, "colour_jitter": 0.0}
-    line = {"epoch": 0, "test_accuracy": 12.3, "heads": {"gate": [[0.7]], "centre": [[[1.0, 0.0]]]}}
+    row = {"epoch": 0, "test_accuracy": 12.3, "heads": {"gate": [[0.7]], "centre": [[[1.0, 0.0]]]}}
     run = tmp_path / "x_hold-out=0.1_seed=0"
     run.mkdir()
     (run / "config.json").write_text(json.dumps(config))
     (run / "provenance.json").write_text(json.dumps([{"command": command, "torch": "2.15"}]))
-    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     (run / "exercise.txt").write_text("--epoch-steps 3\n-    old\n+    new\n")
     (record,) = migrate.read_old_runs(run)
     assert record == {
@@ -315,7 +315,7 @@ def test_migration_of_an_old_run(tmp_path):
                 "torch": "2.15",
             }
         ],
-        "metrics": [line | {"heads": {"gate": [[0.7]], "center": [[[1.0, 0.0]]]}}],
+        "metrics": [row | {"heads": {"gate": [[0.7]], "center": [[[1.0, 0.0]]]}}],
         "definition": "--steps-per-epoch 3\n-    old\n+    new\n",
     }
     assert migrate.migrate(record) == record
@@ -547,7 +547,7 @@ def test_gates_and_comparison_of_real_runs(tree, run_command):
     patches = [(y, x) for y in range(4) for x in range(4)]
     assert record["uniform"] == pytest.approx(np.mean([math.dist(one, other) for one in patches for other in patches]))
     assert record["epochs"] == [0, 1, 2]
-    assert [heads["gate"] for heads in record["heads"]] == [line["heads"]["gate"] for line in metrics]
+    assert [heads["gate"] for heads in record["heads"]] == [row["heads"]["gate"] for row in metrics]
     rows = [line for line in Path("results/reproduce/gates.md").read_text().splitlines() if re.match(r"\| \d", line)]
     last = metrics[-1]["heads"]
     assert len(rows) == 7 and rows[6].split(" | ")[1:4] == ["", "", ""]  # plain self-attention
