@@ -172,7 +172,7 @@ def waits_in_steps(rehearsal: Rehearsal) -> list[str]:
     return [line for in_step, line in rehearsal.waits if in_step]
 
 
-RECIPE = ["--epochs", "2", "--steps-per-epoch", "2", "--batch-size", "8", "--mixup", "0.8", "--cutmix", "1"]
+RECIPE = ["--epochs", "1", "--steps-per-epoch", "2", "--batch-size", "8", "--mixup", "0.8", "--cutmix", "1"]
 RECIPE += ["--random-erasing", "0.25", "--grad-accum-steps", "2", "--clip-grad", "1", "--drop-path", "0.1"]
 RECIPE += ["--warmup-epochs", "1", "--model", "convit_cifar_nano"]
 
@@ -181,7 +181,7 @@ RECIPE += ["--warmup-epochs", "1", "--model", "convit_cifar_nano"]
 def test_no_step_waits_for_the_device(script, amp, tree, tmp_path):
     flags = ["--data-dir", tree, "--run", tmp_path / "run", *RECIPE, "--amp", amp]
     flags += ["--workers", "2"] if script is train_imagenet else []
-    for rehearsal in (rehearse(script, flags), rehearse(script, [*flags, "--resume", "--epochs", "3"])):
+    for rehearsal in (rehearse(script, flags), rehearse(script, [*flags, "--resume", "--epochs", "2"])):
         assert waits_in_steps(rehearsal) == []
         assert any("evaluation.py" in line for _, line in rehearsal.waits)  # evaluation does wait
         assert not any(line.startswith("?") for _, line in rehearsal.waits)
@@ -199,7 +199,7 @@ PLANTED_BUGS = {
 @pytest.mark.parametrize("bug", PLANTED_BUGS)
 def test_planted_bug_is_caught(bug, tree, tmp_path, monkeypatch):
     monkeypatch.setattr(train_cifar, "random_hflip", lambda images, _: PLANTED_BUGS[bug](images))
-    flags = ["--data-dir", tree, "--run", tmp_path / "run", *RECIPE, "--epochs", "1", "--steps-per-epoch", "1"]
+    flags = ["--data-dir", tree, "--run", tmp_path / "run", *RECIPE, "--steps-per-epoch", "1"]
     try:
         waits = waits_in_steps(rehearse(train_cifar, flags))
     except AssertionError as error:

@@ -79,14 +79,14 @@ def print0(message: str):
 
 
 def abort(error: UserError | torch.OutOfMemoryError) -> NoReturn:
-    """Print an error once per machine, terminate data workers, and exit."""
+    """Print an error once per machine, kill data workers, and exit."""
     if isinstance(error, torch.OutOfMemoryError):
         error = UserError(f"raise --grad-accum-steps, or lower --batch-size: {error}")
     if local_rank() == 0:
         print(f"\n{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader reports the workers terminated below
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader reports the workers killed below
     for worker in multiprocessing.active_children():
-        worker.terminate()
+        worker.kill()  # SIGTERM would be deferred, see image_folder.py
     if dist.is_initialized():  # at once: leaving the group would wait for the other ranks, perhaps for ever
         os._exit(error.status)
     sys.exit(error.status)
