@@ -97,7 +97,7 @@ def test_new_parameters_keep_their_initial_values(tmp_path):
 
     trained, extended = perturb(ConViT(CONFIG)), Extended(CONFIG)
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="missing: .*relative_bias"):
+    with pytest.raises(ValueError, match=r"missing: .*relative_bias"):
         load_weights(extended, tmp_path / "weights.pt")
     load_weights(extended, tmp_path / "weights.pt", new=("relative_bias",))
     assert (extended.blocks[0].attn.relative_bias == 7).all()
