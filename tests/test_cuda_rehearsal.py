@@ -90,11 +90,28 @@ def our_line() -> str:
 
 
 @contextmanager
+def marked_steps(mark):
+    """Call mark(True) when a training step begins, and mark(False) when it ends."""
+    steps, after_step = Run.steps, Run.after_step
+
+    def begin(run, epoch, batches):
+        for item in steps(run, epoch, batches):
+            mark(True)
+            yield item
+
+    def end(run, step, lr):
+        mark(False)
+        after_step(run, step, lr)
+
+    with patch.object(Run, "steps", begin), patch.object(Run, "after_step", end):
+        yield
+
+
+@contextmanager
 def fake_cuda(script):
     """torch and a training script as on a machine with one GPU."""
     rehearsal, fakes = Rehearsal(), FakeTensorMode(allow_non_fake_inputs=True)
     build_model, load, save = script.build_model, torch.load, torch.save
-    steps, after_step = Run.steps, Run.after_step
 
     def build(*args):
         rehearsal.model = build_model(*args)
@@ -104,15 +121,6 @@ def fake_cuda(script):
         for param in rehearsal.model.parameters():
             if param.requires_grad:
                 param.grad = torch.zeros_like(param)
-
-    def marked_steps(run, epoch, batches):
-        for item in steps(run, epoch, batches):
-            rehearsal.in_step = True
-            yield item
-
-    def marked_after_step(run, step, lr):
-        rehearsal.in_step = False
-        after_step(run, step, lr)
 
     def pin_memory(tensor, device=None):
         tensor.pinned = True
@@ -130,11 +138,7 @@ def fake_cuda(script):
             record = load(file, map_location="cpu", **kwargs)
         return tree_map(lambda leaf: leaf.to(map_location) if isinstance(leaf, torch.Tensor) else leaf, record)
 
-    def evaluate(*args):  # inference_mode would hide compound operations
-        with torch.no_grad():
-            return type(rehearsal).evaluate(*args)
-
-    Rehearsal.evaluate = staticmethod(script.evaluate.__wrapped__)
+    evaluate = torch.no_grad()(script.evaluate.__wrapped__)  # inference_mode would hide compound operations
     cuda = {"is_available": True, "device_count": 1, "set_device": None, "is_bf16_supported": True,
             "get_device_name": "fake", "current_device": 0}  # fmt: skip
     with ExitStack() as stack:
@@ -150,12 +154,11 @@ def fake_cuda(script):
             (FakeTensorMode, "avoid_device_init", True),
             (script, "build_model", build),
             (script, "evaluate", evaluate),
-            (Run, "steps", marked_steps),
-            (Run, "after_step", marked_after_step),
         ]:
             stack.enter_context(patch.object(target, name, replacement))
         if hasattr(fake_tensor, "init_gpu_context"):  # torch 2.11
             stack.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda *_: None))
+        stack.enter_context(marked_steps(lambda in_step: setattr(rehearsal, "in_step", in_step)))
         stack.enter_context(fakes)
         stack.enter_context(rehearsal)
         yield rehearsal
@@ -205,3 +208,13 @@ def test_planted_bug_is_caught(bug, tree, tmp_path, monkeypatch):
     except AssertionError as error:
         waits = [str(error)]
     assert waits and all("train_cifar.py" in line for line in waits)  # the line that called it
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize(("script", "amp"), [(train_cifar, "fp16"), (train_imagenet, "bf16")])
+def test_no_step_waits_for_a_real_gpu(script, amp, tree, tmp_path, monkeypatch):
+    flags = ["--data-dir", tree, "--run", tmp_path / "run", *RECIPE, "--amp", amp]
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--device", "cuda", *map(str, flags)])
+    with marked_steps(lambda in_step: torch.cuda.set_sync_debug_mode("error" if in_step else "default")):
+        script.main()
