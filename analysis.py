@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from convit_min import GPSA, ConViT, HeadAttention
+from images import prepare
 
 MAP_ELEMENTS = 2**20  # of one head that `head_statistics` holds in memory at once
 
@@ -89,6 +90,48 @@ def patch_distances(grid: tuple[int, int]) -> Tensor:
     """Euclidean distance between all pairs of patches of a grid (Y, X), in patches (n n)."""
     position = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float32) for side in grid))
     return torch.cdist(position, position)
+
+
+@torch.inference_mode()
+def plot_attention(model: ConViT, image, layer: int, head: int | None = None, query: tuple[int, int] | None = None):
+    """Plot the positional, content, and mixed attention of the heads of a layer, from one query patch.
+
+    `model` comes from `weights.open_model`; `image` is a path, the bytes of a file, a PIL image, or an array. Layers and
+    heads count from 1; by default, all heads are plotted. `query` is (row, column) from 0, by default the center.
+    Returns a matplotlib Figure. Raises ValueError for an unreadable image, or a layer, head, or query out of range.
+    """
+    from matplotlib.figure import Figure  # not needed for statistics
+    from matplotlib.patches import Rectangle
+
+    pixels = prepare(model, image)
+    attention = model(pixels, return_attention=True)[1]
+    rows, columns = model.config.grid
+    row, column = query or (rows // 2, columns // 2)
+    ranges = {"layer": (layer, 1, len(attention)), "head": (head or 1, 1, model.config.num_heads),
+              "row": (row, 0, rows - 1), "column": (column, 0, columns - 1)}  # fmt: skip
+    for name, (value, lowest, highest) in ranges.items():
+        if not lowest <= value <= highest:
+            raise ValueError(f"{name} {value} is out of range: expected {lowest} to {highest}")
+
+    content, position, gate, mixed = attention[layer - 1]
+    maps = {"position": position, "content": content[0], "mixed": mixed[0]}
+    maps = {name: tensor for name, tensor in maps.items() if tensor is not None}
+    heads = range(model.config.num_heads) if head is None else [head - 1]
+    figure = Figure(figsize=(1.4 * len(maps) + 1.6, 1.5 * len(heads)), layout="constrained")
+    panels = figure.subplots(len(heads), len(maps) + 1, squeeze=False)
+    shown = (pixels[0] - pixels.min()) / (pixels.max() - pixels.min())
+    for index, panel_row in zip(heads, panels, strict=True):
+        panel_row[0].imshow(shown.permute(1, 2, 0), extent=(0, columns, rows, 0))
+        panel_row[0].set_ylabel(f"head {index + 1}\ngate {gate[index]:.2f}", rotation=0, ha="right", va="center")
+        for panel, (name, tensor) in zip(panel_row[1:], maps.items(), strict=True):
+            head_map = tensor[index][-rows * columns :, -rows * columns :][row * columns + column]  # of the patches
+            panel.imshow(head_map.unflatten(0, (rows, columns)), extent=(0, columns, rows, 0), vmin=0)
+            panel.set_title(f"{name}, max {head_map.max():.2f}", fontsize="small")
+        for panel in panel_row:
+            panel.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=1.5))
+            panel.set(xticks=[], yticks=[])
+    figure.suptitle(f"layer {layer}, query patch ({row}, {column})")
+    return figure
 
 
 def read_metrics(run_dir: Path) -> list[dict]:

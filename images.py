@@ -1,5 +1,6 @@
 """Images as files and as model input: one decoder, one crop, one normalization for training, tools, and the viewer."""
 
+import io
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +12,7 @@ from torch import Tensor
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel, for pixels in 0..1
 
 
-def load_image(file: Path | BinaryIO, min_size: int | None = None) -> Image.Image:
+def load_image(file: str | Path | BinaryIO, min_size: int | None = None) -> Image.Image:
     """Decode an image file to 8-bit RGB: EXIF orientation applied, transparency on white, 16 bits reduced to 8.
 
     With `min_size`, a JPEG may be decoded at reduced scale, which is faster, but no side gets shorter than that.
@@ -33,9 +34,35 @@ def load_image(file: Path | BinaryIO, min_size: int | None = None) -> Image.Imag
         raise ValueError(f"{file} is not a readable image; repair or remove it") from error
 
 
-def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest centered crop with the aspect ratio height : width, resized to that size."""
-    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+def prepare(model, image) -> Tensor:
+    """An image as input of a model from `weights.open_model`: cropped as in its evaluation, and normalized (1 3 H W).
+
+    `image` is a path, the bytes of a file, a PIL image, or an array (H W 3, uint8). Raises ValueError if it is
+    unreadable.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    elif isinstance(image, bytes):
+        image = io.BytesIO(image)
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")  # then transparency, 16 bits, and palettes are handled as in files
+        image = buffer
+    pixels = np.array(center_crop(load_image(image), *model.config.image_shape, model.crop))
+    return normalize(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+
+
+def center_crop(image: Image.Image, height: int, width: int, crop: float = 1.0) -> Image.Image:
+    """A centered crop with the aspect ratio height : width, resized to that size.
+
+    It has the fraction `crop` of the largest such crop's sides.
+    """
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC, bleed=(1 - crop) / 2)
+
+
+def default_crop(height: int, width: int) -> float:
+    """The fraction of an image's sides to evaluate on: all of it up to 64 pixels, else 7/8, as usual for ImageNet."""
+    return 1.0 if max(height, width) <= 64 else 0.875
 
 
 def normalize(images: Tensor) -> Tensor:

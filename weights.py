@@ -1,18 +1,56 @@
-"""Read and load weights: our own files, the authors', timm's, and DeiT's share one format."""
+"""Read weights: our own files, the authors', timm's, and DeiT's share one format."""
 
+import argparse
 import math
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from convit_min import ConViT, ConViTConfig, resize_pos_embed
+from convit_min import MODELS, ConViT, ConViTConfig, Grid, resize_pos_embed
+from images import default_crop
 
 RELEASED = ("convit_tiny", "convit_small", "convit_base")
 RELEASED_URL = "https://dl.fbaipublicfiles.com/convit/{}.pth"
+NESTED_IN = ("model", "state_dict", "model_ema", "state_dict_ema")  # the first that a file has
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, and Lightning
 MAX_LISTED = 5  # names in an error
+
+
+class Weights(NamedTuple):
+    """The content of a weights file; only our own files record more than the tensors."""
+
+    state: dict[str, Tensor]
+    config: ConViTConfig | None
+    classes: list[str]
+    epoch: int
+    crop: float | None  # fraction of an image's sides that the model was evaluated on
+
+
+def open_model(source: str | Path) -> ConViT:
+    """A model in eval mode from a run folder, a weights file, a URL, or the name of a released model.
+
+    In a run folder, opens best.pt, or else the last snapshot. The model has the additional attributes `classes`
+    (names), `epoch` (0 if unknown), and `crop` (the fraction of an image's sides to predict from).
+    Raises FileNotFoundError or ValueError like `load_weights`.
+    """
+    if Path(source).is_dir():
+        files = [*Path(source).glob("best.pt")] or sorted(Path(source).glob("snapshots/epoch_*.pt"))
+        if not files:
+            raise FileNotFoundError(f"{source} contains neither best.pt nor snapshots/")
+        source = files[-1]
+    weights = read_weights(str(source))
+    config = weights.config or infer_model(weights.state)[1]
+    if config is None:
+        raise ValueError(f"{source} does not match any model in convit_min.MODELS")
+    model = ConViT(config).eval()
+    _load(model, weights, str(source))
+    model.classes, model.epoch = weights.classes or class_names(config.num_classes), weights.epoch
+    model.crop = weights.crop or default_crop(*config.image_shape)
+    return model
 
 
 def load_weights(model: ConViT, source: str | Path, new: Collection[str] = ()):
@@ -25,14 +63,72 @@ def load_weights(model: ConViT, source: str | Path, new: Collection[str] = ()):
     Raises FileNotFoundError if there is no such file, and ValueError if it is damaged, is not a PyTorch checkpoint, or
     does not match the model. The model is then unchanged. No code in the file is executed.
     """
-    state, grid = read_weights(str(source))
-    expected = model.state_dict()
-    _adapt_pos_embed(state, grid, model)
+    _load(model, read_weights(str(source)), str(source), new)
 
+
+def read_weights(source: str) -> Weights:
+    """The content of a file, URL, or released model. Raises FileNotFoundError or ValueError like `load_weights`."""
+    url = RELEASED_URL.format(source) if source in RELEASED else source
+    try:
+        if url.endswith(".safetensors"):
+            from safetensors.torch import load_file  # an optional dependency
+
+            record = load_file(url)
+        elif url.startswith(("https://", "http://")):
+            file_name = url.partition("://")[2].replace("/", "_")  # torch.hub would cache by the last part alone
+            record = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, file_name=file_name)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # in the authors' training checkpoints
+                record = torch.load(url, map_location="cpu", weights_only=True)
+        config = ConViTConfig(**record["model_config"]) if "model_config" in record else None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {source}, and no released model of that name") from None
+    except ImportError as error:
+        raise ValueError(f"{source} needs a package: pip install safetensors") from error
+    except Exception as error:  # unpickling a damaged file raises nearly any exception
+        raise ValueError(f"{source} cannot be downloaded, is damaged, or is not a PyTorch checkpoint") from error
+
+    nested = next((record[key] for key in NESTED_IN if key in record), record) if isinstance(record, dict) else None
+    state = nested if isinstance(nested, dict) else {}
+    state = {_strip_prefixes(str(name)): value for name, value in state.items() if torch.is_tensor(value)}
+    if not state:
+        raise ValueError(f"{source} contains no weights")
+    if config is None:
+        return Weights(state, None, [], 0, None)
+    classes = [str(name) for name in record.get("classes", [])]
+    return Weights(state, config, classes, int(record.get("epoch", 0)), record.get("crop"))
+
+
+def infer_model(state: dict[str, Tensor]) -> tuple[str | None, ConViTConfig | None]:
+    """The name and config of the model in MODELS that has weights of these shapes, with their number of classes."""
+    try:
+        dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+        num_classes = state["head.weight"].shape[0]
+        gates = [value for name, value in state.items() if name.endswith("gating_param")]
+    except (KeyError, ValueError):
+        return None, None
+    for name, config in MODELS.items():
+        heads_match = not gates or len(gates[0]) == config.num_heads
+        if (dim, patch_size, len(gates)) == (config.dim, config.patch_size, config.gpsa_layers) and heads_match:
+            return name, ConViTConfig(**vars(config) | {"num_classes": num_classes})
+    return None, None
+
+
+def class_names(num_classes: int) -> list[str]:
+    """ImageNet's names for 1000 classes, else numbers."""
+    from torchvision.models import ResNet18_Weights  # slow to import
+
+    imagenet = ResNet18_Weights.DEFAULT.meta["categories"]  # in label order
+    return imagenet if num_classes == len(imagenet) else [f"class {index}" for index in range(num_classes)]
+
+
+def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = ()):
+    state, expected = weights.state, model.state_dict()
+    _adapt_pos_embed(state, weights.config.grid if weights.config else None, model)
     head = {key: value for key, value in expected.items() if key.startswith("head.")}
     file_head = {key for key in state if key.startswith("head.")}
     if file_head != head.keys() or any(state[key].shape != head[key].shape for key in head):
-        warnings.warn(f"{source} has another number of classes: the model keeps its own head", stacklevel=2)
+        warnings.warn(f"{source} has another number of classes: the model keeps its own head", stacklevel=3)
         state = {key: value for key, value in state.items() if key not in file_head} | head
 
     missing = expected.keys() - state.keys()
@@ -42,13 +138,15 @@ def load_weights(model: ConViT, source: str | Path, new: Collection[str] = ()):
         "unexpected": state.keys() - expected.keys(),
         "of another shape": {key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape},
     }
-    problems = [f"{problem}: {_list_names(keys)}" for problem, keys in mismatches.items() if keys]
+    problems = [f"{problem}: {list_names(keys)}" for problem, keys in mismatches.items() if keys]
     if problems:
-        raise ValueError(f"{source} does not match this model: {'; '.join(problems)}")
+        name, _ = infer_model(weights.state)
+        actual = f" (it is a {name})" if name else ""
+        raise ValueError(f"{source} does not match this model{actual}; {'; '.join(problems)}")
     model.load_state_dict(state | {key: expected[key] for key in kept})
 
 
-def _adapt_pos_embed(state: dict[str, Tensor], grid: tuple[int, int] | None, model: ConViT):
+def _adapt_pos_embed(state: dict[str, Tensor], grid: Grid | None, model: ConViT):
     """Resize pos_embed in `state` to the model's grid; fold DeiT's row for the class token into cls_token."""
     pos_embed, cls_token = state.get("pos_embed"), state.get("cls_token")
     if pos_embed is None or pos_embed.ndim != 3:
@@ -65,44 +163,13 @@ def _adapt_pos_embed(state: dict[str, Tensor], grid: tuple[int, int] | None, mod
     state["pos_embed"] = pos_embed
 
 
-def read_weights(source: str) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
-    """The tensors of a file, URL, or released model by name, and the patch grid if the file records it.
-
-    Raises FileNotFoundError or ValueError like `load_weights`.
-    """
-    url = RELEASED_URL.format(source) if source in RELEASED else source
-    try:
-        if url.startswith(("https://", "http://")):
-            file_name = url.partition("://")[2].replace("/", "_")  # torch.hub would cache by the last part alone
-            record = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, file_name=file_name)
-        else:
-            record = torch.load(url, map_location="cpu", weights_only=True)
-        grid = ConViTConfig(**record["model_config"]).grid if "model_config" in record else None  # our own files
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {source}, and no released model of that name") from None
-    except Exception as error:  # unpickling a damaged file raises nearly any exception
-        raise ValueError(f"{source} cannot be downloaded, is damaged, or is not a PyTorch checkpoint") from error
-    state = record.get("model", record) if isinstance(record, dict) else None
-    if not isinstance(state, dict) or not any(map(torch.is_tensor, state.values())):
-        raise ValueError(f"{source} contains no weights")
-    return {str(name): value for name, value in state.items() if torch.is_tensor(value)}, grid
+def _strip_prefixes(name: str) -> str:
+    while name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    return name
 
 
-def open_snapshot(file: Path) -> tuple[ConViT, dict]:
-    """A model in eval mode from a weights file of a run (best.pt, snapshots/*.pt), and its epoch and classes.
-
-    Raises ValueError if the file is not such a file.
-    """
-    try:
-        record = torch.load(file, map_location="cpu", weights_only=True)
-        model = ConViT(ConViTConfig(**record["model_config"])).eval()
-        model.load_state_dict(record["model"])
-        return model, {"epoch": int(record["epoch"]), "classes": [str(name) for name in record["classes"]]}
-    except Exception as error:  # unpickling a damaged file raises nearly any exception
-        raise ValueError(f"{file} is not a snapshot of a run, or is damaged") from error
-
-
-def _list_names(names: Collection[str]) -> str:
+def list_names(names: Collection[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(sorted(names)[:MAX_LISTED]) + more

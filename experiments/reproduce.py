@@ -28,7 +28,7 @@ from training.data import DATASETS, ImageSet, eval_batches, infer_dataset, load_
 from training.distributed import UserError
 from training.evaluation import evaluate
 from training.optim import AMP_DTYPES
-from weights import open_snapshot
+from weights import open_model
 
 DEMO = CODE / "demo"
 
@@ -143,13 +143,13 @@ def reproduce(args: argparse.Namespace):
     train_tables(TABLES if args.command == "all" else [args.command], lr, args)
 
 
-def open_snapshots(run: Path) -> list[tuple[ConViT, dict]]:
-    """The models of a run's first and last snapshot, each with its epoch and classes."""
+def open_snapshots(run: Path) -> list[ConViT]:
+    """The models of a run's first and last snapshot."""
     files = sorted((run / "snapshots").glob("epoch_*.pt"))
     if not files:
         raise UserError(f"{run} has no snapshots; pass a run folder of train_cifar.py as --run")
     try:
-        return [open_snapshot(file) for file in (files[0], files[-1])]
+        return [open_model(file) for file in (files[0], files[-1])]
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -169,17 +169,17 @@ def load_test_set(model: ConViT, args: argparse.Namespace) -> ImageSet:
 def show_gates(args: argparse.Namespace):
     """Gates and non-locality over a run, and the attention of the center patch before and after training."""
     snapshots = open_snapshots(args.run)
-    config = snapshots[-1][0].config
+    config = snapshots[-1].config
     rows, columns = config.grid
     if config.gpsa_layers == 0:
         raise UserError(f"{args.run} is a plain ViT: it has no gates")
-    images = load_test_set(snapshots[-1][0], args).images
+    images = load_test_set(snapshots[-1], args).images
     sample_images = normalize(images[sample_indices(len(images))]).cpu()
     center, maps = rows // 2 * columns + columns // 2, {}
-    for model, info in snapshots:
+    for model in snapshots:
         attention = model(sample_images, return_attention=True)[1][: config.gpsa_layers]
         from_center = torch.stack([layer.mixed[:, :, center].mean(0) for layer in attention])
-        maps[f"epoch {info['epoch']}"] = gates(model)[: config.gpsa_layers], from_center.unflatten(2, (rows, columns))
+        maps[f"epoch {model.epoch}"] = gates(model)[: config.gpsa_layers], from_center.unflatten(2, (rows, columns))
     report.write_gates(args.run.name, read_metrics(args.run), config.grid, maps, images.device)
 
 
@@ -198,7 +198,7 @@ def masked(model: ConViT, pos_embed: bool = False, content: int = 0, position: i
 
 def show_masking(args: argparse.Namespace):
     """Test accuracy of a run's last snapshot, unchanged and with parts of it masked."""
-    model, info = open_snapshots(args.run)[-1]
+    model = open_snapshots(args.run)[-1]
     test_set = load_test_set(model, args)
     device = test_set.images.device
 
@@ -209,7 +209,7 @@ def show_masking(args: argparse.Namespace):
     unmasked, without_pos_embed = accuracy(), accuracy(pos_embed=True)
     layers = range(1, model.config.gpsa_layers + 1)
     curves = {part: [unmasked, *(accuracy(**{part: count}) for count in layers)] for part in ("content", "position")}
-    report.write_masking(f"{args.run.name}, epoch {info['epoch']}", without_pos_embed, curves, device)
+    report.write_masking(f"{args.run.name}, epoch {model.epoch}", without_pos_embed, curves, device)
 
 
 def show_comparison(args: argparse.Namespace):

@@ -1,5 +1,6 @@
 """load_weights: round trips, other sizes, and damaged or malicious files."""
 
+import argparse
 import pickle
 from dataclasses import asdict, replace
 
@@ -8,7 +9,7 @@ import torch
 from conftest import CONFIG, perturb
 
 from convit_min import ConViT, ConViTConfig, create_model, resize_pos_embed
-from weights import load_weights
+from weights import load_weights, open_model
 
 
 def same_weights(a, b) -> bool:
@@ -16,14 +17,63 @@ def same_weights(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_save_and_load_round_trip(nested, tmp_path):
+def prefixed(state: dict, prefix: str) -> dict:
+    return {prefix + name: value for name, value in state.items()}
+
+
+FILES = {  # what people have
+    "flat": lambda state: state,
+    "authors' training": lambda state: {
+        "model": state,
+        "epoch": 3,
+        "args": argparse.Namespace(lr=5e-4, model="convit"),
+    },
+    "timm's last.pth.tar": lambda state: {
+        "state_dict": state,
+        "arch": "convit_tiny",
+        "args": argparse.Namespace(seed=1),
+    },
+    "EMA": lambda state: {"model_ema": prefixed(state, "module.")},
+    "timm's EMA": lambda state: {"state_dict_ema": state},
+    "Lightning": lambda state: {"state_dict": prefixed(state, "model."), "pytorch-lightning_version": "2.5"},
+    "compiled DDP": lambda state: {"model": prefixed(state, "_orig_mod.module.")},
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_save_and_load_round_trip(kind, tmp_path):
     trained, fresh = perturb(ConViT(CONFIG)), ConViT(CONFIG)
-    state = trained.state_dict()
-    torch.save({"model": state, "epoch": 3} if nested else state, tmp_path / "weights.pt")
+    torch.save(FILES[kind](trained.state_dict()), tmp_path / "weights.pt")
     assert not same_weights(trained, fresh)
     load_weights(fresh, tmp_path / "weights.pt")
     assert same_weights(trained, fresh)
+
+
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+    trained, fresh = perturb(ConViT(CONFIG)), ConViT(CONFIG)
+    safetensors.save_file(trained.state_dict(), tmp_path / "weights.safetensors")
+    load_weights(fresh, tmp_path / "weights.safetensors")
+    assert same_weights(trained, fresh)
+
+
+def test_error_names_the_model_of_the_file(tmp_path):
+    torch.save(create_model("vit_cifar_nano").state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"does not match this model \(it is a vit_cifar_nano\); missing: "):
+        load_weights(create_model("convit_cifar_nano"), tmp_path / "weights.pt")
+
+
+def test_open_model_infers_the_size_or_says_that_it_is_unknown(tmp_path):
+    trained = perturb(create_model("deit_tiny", num_classes=7))
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    opened = open_model(tmp_path / "weights.pt")
+    assert not opened.training and same_weights(trained, opened)
+    assert opened.classes[6] == "class 6" and opened.crop == 0.875
+    torch.save(ConViT(CONFIG).state_dict(), tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="does not match any model"):
+        open_model(tmp_path / "odd.pt")
+    with pytest.raises(FileNotFoundError, match="neither best.pt nor snapshots/"):
+        open_model(tmp_path)
 
 
 def test_weights_of_224_pixels_load_at_256_by_192(tmp_path):

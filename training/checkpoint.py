@@ -16,6 +16,7 @@ import torch
 import torchvision
 
 from convit_min import ConViT
+from images import default_crop
 from training.distributed import UserError, world_size
 
 START_TIME = datetime.now(timezone.utc)
@@ -57,10 +58,15 @@ def load(file: Path, device: torch.device) -> dict:
 
 
 def save_weights(model: ConViT, classes: list[str], epoch: int, file: Path, half: bool = False):
-    """Write weights (in half precision if `half`) with everything needed to open them: config, classes, epoch."""
+    """Write weights (in half precision if `half`) with everything that `weights.open_model` needs."""
     state = {key: (value.half() if half else value).cpu() for key, value in model.state_dict().items()}
-    config = dataclasses.asdict(model.config)
-    save({"model": state, "model_config": config, "classes": classes, "epoch": epoch}, file)
+    save({"model": state, "epoch": epoch} | description(model, classes), file)
+
+
+def description(model: ConViT, classes: list[str]) -> dict:
+    """What `weights.open_model` needs beside the weights; `crop` is the fraction of an image's sides evaluated on."""
+    crop = default_crop(*model.config.image_shape)
+    return {"model_config": dataclasses.asdict(model.config), "classes": classes, "crop": crop}
 
 
 def write_text(file: Path, text: str):

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +16,11 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from convit_min import MODELS
-from images import center_crop, load_image, normalize
+from images import center_crop, default_crop, load_image, normalize
 from training.augment import derive_seed
 from training.distributed import UserError, barrier, local_rank, print0, rank, world_size
 from training.patterns import TEXTURES, patterns
+from weights import list_names
 
 CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 DATASETS = [*CIFAR, "folder", "patterns"]
@@ -139,7 +140,7 @@ def load_folder(root: Path, img_size: int, workers: int = 1) -> tuple[ImageSet, 
     """A tree train/CLASS/* and test/CLASS/* or val/CLASS/*; images are center-cropped to squares of img_size."""
     train, test = find_splits(root)
     if train.keys() != test.keys():
-        unmatched = summarize_names(train.keys() ^ test.keys())
+        unmatched = list_names(train.keys() ^ test.keys())
         raise UserError(f"the training and test sets of {root} must have the same classes; unmatched: {unmatched}")
     return decode(train, img_size, workers, "train"), decode(test, img_size, workers, "test")
 
@@ -157,7 +158,7 @@ def find_splits(root: Path, eval_splits: tuple[str, str] = ("test", "val")) -> t
     if len(train) < 2:
         raise UserError(f"{train_dir} contains a single class, {next(iter(train))}; at least two are needed")
     if not test.keys() <= train.keys():
-        unknown = summarize_names(test.keys() - train.keys())
+        unknown = list_names(test.keys() - train.keys())
         raise UserError(f"{test_dir} has classes that are missing from {train_dir}: {unknown}")
     return train, test
 
@@ -182,12 +183,6 @@ def find_images(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def summarize_names(names: Collection[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(sorted(names)[:5]) + more
-
-
 def flatten_tree(tree: dict[str, list[Path]], classes: list[str]) -> tuple[list[Path], Tensor]:
     """The files of a tree, class by class, and their labels (n); a class may be empty."""
     files = [file for name in classes for file in tree.get(name, [])]
@@ -197,10 +192,10 @@ def flatten_tree(tree: dict[str, list[Path]], classes: list[str]) -> tuple[list[
 def decode(tree: dict[str, list[Path]], img_size: int, workers: int, split: str) -> ImageSet:
     """Decode all images, in parallel, into one uint8 tensor. Raises UserError for a file that is not an image."""
     files, labels = flatten_tree(tree, list(tree))
-    images = torch.empty(len(files), 3, img_size, img_size, dtype=torch.uint8)
+    images, crop = torch.empty(len(files), 3, img_size, img_size, dtype=torch.uint8), default_crop(img_size, img_size)
 
     def read(index: int):
-        images[index] = to_tensor(center_crop(load_image(files[index]), img_size, img_size))
+        images[index] = to_tensor(center_crop(load_image(files[index]), img_size, img_size, crop))
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:  # Pillow releases the GIL while it decodes
         results = pool.map(read, range(len(files)))

@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode, RandAugment, RandomResizedCrop
-from torchvision.transforms.functional import center_crop, resize
+from torchvision.transforms import RandAugment, RandomResizedCrop
 from tqdm import tqdm
 
 from convit_min import MODELS
-from images import load_image, normalize
+from images import center_crop, default_crop, load_image, normalize
 from training.augment import derive_seed
 from training.data import (
     epoch_order,
@@ -30,7 +29,7 @@ from training.data import (
 )
 from training.distributed import UserError, from_rank0, print0, rank, world_size
 
-EVAL_CROP = 0.875  # of the shorter side: 224 of 256, the standard for ImageNet
+ORIENTATION = 0x0112  # EXIF tag
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a damaged file
 
 
@@ -69,7 +68,7 @@ class ImageFolderDataset(Dataset):
     def read(self, file: Path) -> Tensor:
         """Decode a file and crop it for training or evaluation. Raises one of UNREADABLE for a damaged file."""
         if self.rand_augment is None:
-            return to_tensor(eval_crop(file, self.size))
+            return to_tensor(center_crop(load_image(file), self.size, self.size, default_crop(self.size, self.size)))
         image = random_resized_crop(file, self.size)
         if self.rand_augment > 0:  # bins 0..10, so that 9 is the m9 of DeiT's recipe
             image = RandAugment(2, self.rand_augment, num_magnitude_bins=11)(image)
@@ -159,21 +158,13 @@ def decode_crop(file: Path, size: int) -> tuple[Image.Image, tuple[float, float,
     A JPEG is decoded at the smallest of its built-in scales that leaves `size` pixels in the box.
     """
     with Image.open(file) as image:
-        if image.format != "JPEG":  # may have 16 bits or transparency
+        if image.format != "JPEG" or image.getexif().get(ORIENTATION, 1) != 1:  # 16 bits, transparency, or rotated
             image = load_image(file)
         top, left, height, width = RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
         full_width, full_height = image.size
         image.draft("RGB", (math.ceil(full_width * size / width), math.ceil(full_height * size / height)))
         x, y = image.width / full_width, image.height / full_height
         return image.convert("RGB"), (left * x, top * y, (left + width) * x, (top + height) * y)
-
-
-def eval_crop(file: Path, size: int) -> Image.Image:
-    """The center of an image, 7/8 of its shorter side, resized to size x size."""
-    with Image.open(file) as image:
-        image = image.convert("RGB") if image.format == "JPEG" else load_image(file)
-        resized = resize(image, round(size / EVAL_CROP), InterpolationMode.BICUBIC)
-    return center_crop(resized, [size, size])
 
 
 def _defer_signals(_):

@@ -185,6 +185,7 @@ class Run:
         if rank() == 0:
             record = {name: component.state_dict() for name, component in self.components.items()}
             record |= {"config": dataclasses.asdict(self.config), "train_state": self.train_state}
+            record |= checkpoint.description(self.components["model"], self.data.classes)
             checkpoint.save(record, self.dir / "last.pt")
 
     def _check_finite(self, loss: float, step: int, lr: float):

@@ -17,12 +17,11 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 from torch.func import functional_call
-from torchvision.models import ResNet18_Weights
 
 import analysis
-from convit_min import MODELS, ConViT, create_model, kernel_shape
+from convit_min import ConViT, kernel_shape
 from images import center_crop, load_image, normalize
-from weights import load_weights, open_snapshot, read_weights
+from weights import open_model
 
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 20_000_000  # of an uploaded file
 NOT_AN_IMAGE = "This file cannot be read as an image; please choose a PNG, JPEG, WebP or GIF."
@@ -73,9 +72,9 @@ class AttentionInspector:
         if self.run_dir is None or not self.run_dir.exists():
             return
         for file in snapshot_files(self.run_dir)[len(self.models) :]:
-            model, record = open_snapshot(file)
+            model = open_model(file)
             self.models.append(model)
-            self.epochs.append(record["epoch"])
+            self.epochs.append(model.epoch)
 
     def describe(self) -> dict:
         """Everything that does not depend on the image: shapes, epochs, gate and v_pos per snapshot, layer and head."""
@@ -117,10 +116,11 @@ class AttentionInspector:
             image = load_image(io.BytesIO(data), min_size=2 * DISPLAY_SIZE)
         except ValueError:
             raise ValueError(NOT_AN_IMAGE) from None
-        cropped = center_crop(image, *self.config.image_shape)
+        crop = self.models[-1].crop
+        cropped = center_crop(image, *self.config.image_shape, crop)
         rows, columns = self.config.grid
         patch_side = DISPLAY_SIZE // max(rows, columns)  # a whole number of pixels
-        display = center_crop(image, rows * patch_side, columns * patch_side)
+        display = center_crop(image, rows * patch_side, columns * patch_side, crop)
         return {
             "display": data_url(encode_image(display, "JPEG", quality=90), "image/jpeg"),
             "input": data_url(encode_image(cropped, "PNG"), "image/png"),
@@ -215,33 +215,15 @@ def open_run(run_dir: Path, name: str | None = None) -> AttentionInspector:
 
     Raises FileNotFoundError or ValueError if there are no readable snapshots.
     """
-    models, records = zip(*map(open_snapshot, snapshot_files(run_dir)), strict=True)
-    epochs = [record["epoch"] for record in records]
-    return AttentionInspector(name or run_dir.name, records[-1]["classes"], list(models), epochs, run_dir)
+    models = [open_model(file) for file in snapshot_files(run_dir)]
+    epochs = [model.epoch for model in models]
+    return AttentionInspector(name or run_dir.name, models[-1].classes, models, epochs, run_dir)
 
 
 def open_weights(source: str) -> AttentionInspector:
-    """Inspect one set of weights: a released model's name, or a file that load_weights reads.
-
-    Raises FileNotFoundError or ValueError if `source` is not a known ConViT.
-    """
-    try:
-        model, record = open_snapshot(Path(source))  # snapshots include their config and classes
-        return AttentionInspector(Path(source).stem, record["classes"], [model], [record["epoch"]])
-    except ValueError:
-        state, _ = read_weights(source)
-    try:
-        num_classes = state["head.weight"].shape[0]
-        shape = (state["pos_embed"].shape[-1], len(state["blocks.0.attn.gating_param"]))
-        name = next(name for name, config in MODELS.items() if (config.dim, config.num_heads) == shape)
-    except (KeyError, StopIteration):
-        raise ValueError(f"{source} does not match any model in convit_min.MODELS") from None
-    model = create_model(name, num_classes=num_classes).eval()
-    load_weights(model, source)
-    classes = ResNet18_Weights.DEFAULT.meta["categories"]  # ImageNet-1k, in label order
-    if num_classes != len(classes):
-        classes = [f"class {index}" for index in range(num_classes)]
-    return AttentionInspector(name, classes, [model], [0])
+    """Inspect one set of weights: a file, or a released model's name. Raises FileNotFoundError or ValueError."""
+    model = open_model(source)
+    return AttentionInspector(Path(source).stem, model.classes, [model], [model.epoch])
 
 
 def snapshot_files(run_dir: Path) -> list[Path]:

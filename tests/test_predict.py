@@ -1,0 +1,144 @@
+"""predict.py, plot_attention, and one preprocessing on every path."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO, ROOT, perturb
+from PIL import Image
+
+from analysis import plot_attention
+from convit_min import create_model
+from images import normalize
+from predict import predict
+from training.checkpoint import save_weights
+from training.data import decode, load_datasets
+from training.image_folder import ImageFolderDataset, random_resized_crop
+from viewer.inspector import open_run
+from weights import open_model
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return open_model(DEMO)
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    """A photo-like image whose four quarters differ, not square."""
+    y, x = np.mgrid[0:96, 0:128]
+    pixels = np.stack([255 * (x > 64), 255 * (y > 48), (x + y) % 256], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def rotated_copy(image: Image.Image, file):
+    """Store an image as a phone does: pixels on their side, and a tag that tells so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to display
+    image.transpose(Image.Transpose.ROTATE_90).save(file, exif=exif, quality=95)
+    return file
+
+
+def test_predictions_of_a_path_bytes_image_and_array_agree(demo, photo, tmp_path):
+    photo.save(tmp_path / "photo.png")
+    expected = predict(demo, tmp_path / "photo.png", top=10)
+    assert sorted(name for name, _ in expected) == sorted(demo.classes)
+    assert sum(p for _, p in expected) == pytest.approx(1, abs=1e-4)
+    assert [p for _, p in expected] == sorted((p for _, p in expected), reverse=True)
+    for image in (str(tmp_path / "photo.png"), (tmp_path / "photo.png").read_bytes(), photo, np.array(photo)):
+        assert predict(demo, image, top=10) == expected
+
+
+def test_phone_photos_are_upright_on_every_path(demo, photo, tmp_path):
+    photo.save(tmp_path / "upright.jpg", quality=95)
+    rotated_copy(photo, tmp_path / "phone.jpg")
+
+    def pixels(file) -> dict:
+        torch.manual_seed(0)
+        inspector = open_run(DEMO)
+        decoded = decode({"a": [file]}, 32, 1, "test").images[0]
+        streamed = ImageFolderDataset([file], torch.zeros(1), 96).read(file)
+        cropped = np.array(random_resized_crop(file, 32))
+        page = np.frombuffer(inspector._decode_pixels(inspector.prepare_image(file)["pixels"], 0), dtype=np.uint8)
+        return {"train_cifar": decoded, "train_imagenet": streamed, "augmented": cropped, "page": page}
+
+    upright, phone = pixels(tmp_path / "upright.jpg"), pixels(tmp_path / "phone.jpg")
+    for path in upright:
+        difference = np.asarray(upright[path], dtype=float) - np.asarray(phone[path], dtype=float)
+        assert abs(difference).mean() < 4, path  # JPEG blocks lie elsewhere
+    assert dict(predict(demo, tmp_path / "phone.jpg", 10)) == pytest.approx(
+        dict(predict(demo, tmp_path / "upright.jpg", 10)), abs=0.1
+    )
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_one_preprocessing(size, photo, tmp_path):
+    """Scripts, predict, and page see the same pixels: all of the center up to 64 pixels, 7/8 of it above."""
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            photo.save(tmp_path / split / name / "photo.png")
+    file = tmp_path / "test" / "a" / "photo.png"
+    model = perturb(create_model("convit_cifar_nano", num_classes=2, img_size=size))
+    (tmp_path / "run" / "snapshots").mkdir(parents=True)
+    save_weights(model, ["a", "b"], 1, tmp_path / "run" / "snapshots" / "epoch_0001.pt")
+    _, test = load_datasets("folder", str(tmp_path), size, torch.device("cpu"))
+    streamed = ImageFolderDataset([file], torch.zeros(1), size).read(file)
+    assert torch.equal(test.images[0], streamed)
+    inspector = open_run(tmp_path / "run")
+    page = inspector._decode_pixels(inspector.prepare_image(file)["pixels"], 0)
+    assert page == streamed.permute(1, 2, 0).numpy().tobytes()
+    with torch.no_grad():
+        expected = model(normalize(streamed[None]))[0].softmax(0)
+    assert dict(predict(open_model(tmp_path / "run"), file)) == pytest.approx(
+        dict(zip("ab", expected.tolist(), strict=True))
+    )
+    whole = np.array(photo.crop((16, 0, 112, 96)).resize((size, size), Image.Resampling.BICUBIC))
+    assert np.array_equal(whole, streamed.permute(1, 2, 0).numpy()) == (size == 32)
+
+
+def test_command_line(photo, tmp_path):
+    (tmp_path / "photos" / "nested").mkdir(parents=True)
+    photo.save(tmp_path / "photos" / "nested" / "a.png")
+    photo.save(tmp_path / "photos" / "b.jpg")
+    (tmp_path / "photos" / "c.txt").write_text("not an image")
+
+    def run(*args) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, ROOT / "predict.py", *map(str, args)], capture_output=True, text=True)
+
+    attention = tmp_path / "heads.png"
+    result = run(DEMO, tmp_path / "photos", "--json", "--attention", attention, "--layer", "5")
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [record["file"][-5:] for record in records] == ["b.jpg", "a.png"]
+    assert len(records[0]["classes"]) == 3 and Image.open(attention).width > 300
+    assert (
+        result.returncode == 1 and result.stderr.count("\n") == 1 and "c.txt is not a readable image" in result.stderr
+    )
+    result = run(DEMO, tmp_path / "photos" / "b.jpg", "--csv", "--top", "1")
+    assert result.returncode == 0 and [len(row) for row in csv.reader(io.StringIO(result.stdout))] == [3]
+    result = run(tmp_path, "b.jpg")
+    assert (
+        result.returncode == 1
+        and "neither best.pt nor snapshots/" in result.stderr
+        and "Traceback" not in result.stderr
+    )
+
+
+def test_plot_attention(demo, photo):
+    figure = plot_attention(demo, photo, layer=5)
+    assert len(figure.axes) == 9 * 4
+    with torch.no_grad():
+        gate = demo.blocks[4].attn.gate()
+    assert f"gate {gate[2]:.2f}" in figure.axes[8].get_ylabel()
+    single = plot_attention(demo, photo, layer=7, head=9, query=(0, 7))  # self-attention, with a class token
+    assert [axes.get_title().split(",")[0] for axes in single.axes[1:]] == ["content", "mixed"]
+    assert single.axes[1].images[0].get_array().shape == (8, 8)
+    for arguments, message in (({"layer": 8}, "layer 8"), ({"layer": 1, "head": 10}, "head 10"),
+                               ({"layer": 1, "query": (8, 0)}, "row 8"), ({"layer": 0}, "layer 0")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{message} is out of range"):
+            plot_attention(demo, photo, **arguments)
