@@ -96,9 +96,10 @@ def patch_distances(grid: tuple[int, int]) -> Tensor:
 def plot_attention(model: ConViT, image, layer: int, head: int | None = None, query: tuple[int, int] | None = None):
     """Plot the positional, content, and mixed attention of the heads of a layer, from one query patch.
 
-    `model` comes from `weights.open_model`; `image` is a path, the bytes of a file, a PIL image, or an array. Layers and
-    heads count from 1; by default, all heads are plotted. `query` is (row, column) from 0, by default the center.
-    Returns a matplotlib Figure. Raises ValueError for an unreadable image, or a layer, head, or query out of range.
+    `model` comes from `weights.open_model`; `image` is a path, the bytes of a file, a PIL image, or an array. Layers
+    and heads count from 1; by default, all heads are plotted. `query` is (row, column) from 0, by default the center.
+    Returns a matplotlib Figure. Raises ValueError for an unreadable image, or a layer, head, or query that is out of
+    range.
     """
     from matplotlib.figure import Figure  # not needed for statistics
     from matplotlib.patches import Rectangle

@@ -162,7 +162,7 @@ def compare(
     """Speed and memory of one model at one image size, a table row per variant."""
     cases = {variant: BenchmarkCase(variant, config, batch_size, args) for variant in variants}
     seconds = {}
-    for mode in ("infer", "train"):
+    for mode in ("train", "infer"):  # timm's ConViT caches a tensor that inference_mode would make useless for training
         steps = {variant: getattr(case, mode) for variant, case in cases.items()}
         seconds[mode] = time_interleaved(steps, args.repetitions, args.device)
     del cases, steps

@@ -72,7 +72,7 @@ def test_open_model_infers_the_size_or_says_that_it_is_unknown(tmp_path):
     torch.save(ConViT(CONFIG).state_dict(), tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="does not match any model"):
         open_model(tmp_path / "odd.pt")
-    with pytest.raises(FileNotFoundError, match="neither best.pt nor snapshots/"):
+    with pytest.raises(FileNotFoundError, match=r"neither best\.pt nor snapshots/"):
         open_model(tmp_path)
 
 
