@@ -22,7 +22,7 @@ from convit_min import MODELS
 from images import normalize
 from training import distributed
 from training.augment import mixup_cutmix, random_crop, random_erasing, random_hflip
-from training.config import CORES, RunConfig, build_model, flag, int_at_least, parse_flags
+from training.config import CORES, RunConfig, build_model, flag, int_at_least, number, parse_flags
 from training.data import DATASETS, InMemoryData
 from training.distributed import UserError
 from training.evaluation import evaluate
@@ -44,16 +44,16 @@ class Config(RunConfig):
     # recipe; with --amp about an hour on two CPU cores
     epochs: int = flag(30, "number of epochs", type=int_at_least(1))
     batch_size: int = flag(32, "global batch size, over all processes", type=int_at_least(1))
-    lr: float = flag(1e-3, "peak learning rate")
-    gate_lr_scale: float = flag(20.0, "learning-rate multiplier for the gates; above 1 for short runs")
-    weight_decay: float = flag(0.05, "of AdamW, on matrices only")
-    warmup_epochs: float = flag(1.0, "linear warm-up")
+    lr: float = flag(1e-3, "peak learning rate", type=number(0))
+    gate_lr_scale: float = flag(20.0, "learning-rate multiplier for the gates; above 1 for short runs", type=number(0))
+    weight_decay: float = flag(0.05, "of AdamW, on matrices only", type=number(0))
+    warmup_epochs: float = flag(1.0, "linear warm-up", type=number(0))
     crop_padding: int = flag(4, "zero-padding of the random crop, in pixels", type=int_at_least(0))
-    label_smoothing: float = flag(0.1, "probability spread over all classes")
-    mixup: float = flag(0.0, "mixup's Beta parameter (0: off)")
-    cutmix: float = flag(0.0, "cutmix's Beta parameter (0: off)")
-    random_erasing: float = flag(0.0, "probability of random erasing")
-    ema_decay: float = flag(0.998, "decay of the weights' moving average, which is evaluated and saved (0: off)")
+    label_smoothing: float = flag(0.1, "probability spread over all classes", type=number(0, 1))
+    mixup: float = flag(0.0, "mixup's Beta parameter (0: off)", type=number(0))
+    cutmix: float = flag(0.0, "cutmix's Beta parameter (0: off)", type=number(0))
+    random_erasing: float = flag(0.0, "probability of random erasing", type=number(0, 1))
+    ema_decay: float = flag(0.998, "decay of the moving average of the weights (0: off)", type=number(0, 1))
 
 
 def train(config: Config):

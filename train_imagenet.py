@@ -21,7 +21,7 @@ from analysis import head_statistics
 from images import normalize
 from training import distributed
 from training.augment import mixup_cutmix, random_erasing, random_hflip
-from training.config import CORES, RunConfig, build_model, flag, int_at_least, parse_flags
+from training.config import CORES, RunConfig, build_model, flag, int_at_least, number, parse_flags
 from training.data import InMemoryData
 from training.distributed import UserError
 from training.evaluation import evaluate
@@ -39,17 +39,17 @@ class Config(RunConfig):
     skip_bad_images: bool = flag(False, "skip unreadable images with a warning")
     run: str = flag("runs/imagenet", "run folder to write; under torchrun on a shared disk")
     # recipe
-    lr: float = flag(5e-4, "peak learning rate per 512 images, scaled linearly with --batch-size")
-    gate_lr_scale: float = flag(1.0, "learning-rate multiplier for the gates; above 1 for short runs")
-    weight_decay: float = flag(0.05, "of AdamW, on matrices only")
-    drop_path: float = flag(0.1, "stochastic depth rate of the last block")
+    lr: float = flag(5e-4, "peak learning rate per 512 images, scaled linearly with --batch-size", type=number(0))
+    gate_lr_scale: float = flag(1.0, "learning-rate multiplier for the gates; above 1 for short runs", type=number(0))
+    weight_decay: float = flag(0.05, "of AdamW, on matrices only", type=number(0))
+    drop_path: float = flag(0.1, "stochastic depth rate of the last block", type=number(0, 1))
     rand_augment: int = flag(9, "magnitude of RandAugment, 0 to 10, two operations per image", type=int_at_least(0))
-    label_smoothing: float = flag(0.1, "probability spread over all classes")
-    mixup: float = flag(0.8, "mixup's Beta parameter (0: off)")
-    cutmix: float = flag(1.0, "cutmix's Beta parameter (0: off)")
-    random_erasing: float = flag(0.25, "probability of random erasing")
+    label_smoothing: float = flag(0.1, "probability spread over all classes", type=number(0, 1))
+    mixup: float = flag(0.8, "mixup's Beta parameter (0: off)", type=number(0))
+    cutmix: float = flag(1.0, "cutmix's Beta parameter (0: off)", type=number(0))
+    random_erasing: float = flag(0.25, "probability of random erasing", type=number(0, 1))
     aug_repeats: int = flag(3, "repeated augmentation: copies of an image per epoch", type=int_at_least(1))
-    ema_decay: float = flag(0.99996, "decay of the weights' moving average, which is evaluated and saved (0: off)")
+    ema_decay: float = flag(0.99996, "decay of the moving average of the weights (0: off)", type=number(0, 1))
 
 
 def train(config: Config):

@@ -2,11 +2,14 @@
 
 import argparse
 import dataclasses
+import difflib
 import json
+import math
 import os
 import re
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +19,7 @@ import torch
 
 from convit_min import MODELS, ConViT, ConViTConfig, create_model
 from training.distributed import UserError, print0, world_size
-from weights import load_weights
+from weights import list_names, load_weights
 
 ConfigType = TypeVar("ConfigType")
 
@@ -53,6 +56,19 @@ def int_at_least(minimum: int):
     return integer
 
 
+def number(minimum: float, maximum: float = math.inf):
+    """An argparse type: a number from `minimum` to `maximum`."""
+
+    def in_range(text: str) -> float:
+        if not minimum <= float(text) <= maximum:
+            limit = "" if maximum == math.inf else f" and at most {maximum:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not at least {minimum:g}{limit}")
+        return float(text)
+
+    in_range.__name__ = "float"  # for the message about text that is no number
+    return in_range
+
+
 def fraction(text: str) -> float:
     """An argparse type: a number above 0 and at most 1."""
     if not 0 < float(text) <= 1:
@@ -85,13 +101,13 @@ class RunConfig:
     img_size: int | None = flag(None, "image size in pixels (default: the model's)", type=int_at_least(1))
     patch_size: int | None = flag(None, "patch size in pixels (default: the model's)", type=int_at_least(1))
     gpsa_layers: int | None = flag(None, "number of GPSA blocks (default: the model's)", type=int_at_least(0))
-    locality_strength: float = flag(1.0, "alpha of the convolutional initialization")
+    locality_strength: float = flag(1.0, "alpha of the convolutional initialization", type=number(0))
     conv_init: bool = flag(True, "initialize GPSA as a convolution")
     gating: str = flag("learned", "frozen keeps the gates at --gate-init", choices=["learned", "frozen"])
     gate_init: float = flag(1.0, "initial gates, as logits: 1 gives 0.73, 0 gives 0.5")
     freeze_gpsa: bool = flag(False, "freeze the attention of GPSA: qk, v, positions, and gates")
     pool: str = flag("token", "classify from the class token or the mean of patch tokens", choices=["token", "mean"])
-    drop_path: float = flag(0.0, "stochastic depth rate of the last block")
+    drop_path: float = flag(0.0, "stochastic depth rate of the last block", type=number(0, 1))
     # optimization
     epochs: int = flag(300, "number of epochs", type=int_at_least(1))
     steps_per_epoch: int | None = flag(
@@ -99,8 +115,8 @@ class RunConfig:
     )
     batch_size: int = flag(512, "global batch size, over all processes", type=int_at_least(1))
     grad_accum_steps: int = flag(1, "gradient accumulation: micro-batches per step", type=int_at_least(1))
-    warmup_epochs: float = flag(5.0, "linear warm-up")
-    clip_grad: float = flag(0.0, "max gradient norm (0: off)")
+    warmup_epochs: float = flag(5.0, "linear warm-up", type=number(0))
+    clip_grad: float = flag(0.0, "max gradient norm (0: off)", type=number(0))
     hflip: bool = flag(True, "random horizontal flip; turn it off for digits or letters")
     mixup_off_epochs: int = flag(0, "final epochs without mixup and cutmix", type=int_at_least(0))
     # execution
@@ -198,7 +214,7 @@ def parse_flags(config_class: type[ConfigType], description: str) -> ConfigType:
 
     Exits with one line, as argparse does, for an unknown flag, an invalid value, or a config file that does not match.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="repeat a run from its config.json; other flags override it")
     for field in dataclasses.fields(config_class):
         options = dict(field.metadata)
@@ -247,10 +263,27 @@ def _read_flags(parser: argparse.ArgumentParser, config_class: type, file: str |
             f"{file} is of an older version ({renamed}): start a new run with the new flags, for example from its "
             "best.pt with --weights"
         )
-    if not isinstance(values, dict) or not values.keys() <= names:
+    if not isinstance(values, dict) or not values.keys() & names:
         parser.error(f"{file} is not a config.json of this script")
+    if unknown := values.keys() - names:
+        parser.error(f"{file} has unknown keys: {list_names(unknown)} (nearest: {_nearest(unknown, names)})")
     excluded = ("run", "resume", "eval", "device", "workers")
     return as_flags({name: value for name, value in values.items() if name not in excluded})
+
+
+def _nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """The known name that is most similar to any of the unknown ones."""
+    names = list(known)
+    return max(names, key=lambda name: max(difflib.SequenceMatcher(None, name, other).ratio() for other in unknown))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports errors in one line, without the usage of all flags, and suggests the nearest flag."""
+
+    def error(self, message: str):
+        if unknown := re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []:
+            message += f"; did you mean {_nearest(unknown, self._option_string_actions)}?"
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -99,7 +99,9 @@ class Run:
             self.metrics |= {"train_loss": mean_loss, "lr": self.components["optimizer"].param_groups[0]["lr"]}
         head_metrics = {name: checkpoint.nested_list(value) for name, value in heads._asdict().items()}
         metrics = self.metrics | metrics | {"heads": head_metrics}
-        is_best, self.best_accuracy = accuracy > self.best_accuracy, max(accuracy, self.best_accuracy)
+        is_trained = epoch > 0 or self.config.weights is not None  # best.pt is never a random initialization
+        is_best = is_trained and accuracy >= self.best_accuracy
+        self.best_accuracy = accuracy if is_best else self.best_accuracy
         self.train_state |= {"epoch": epoch + 1, "step_in_epoch": 0, "loss_sum": 0.0}
         if rank() > 0:
             return
@@ -117,8 +119,8 @@ class Run:
             if self.config.tensorboard:
                 write_events(self.dir, metrics, heads)
         gate = "" if heads.gate.isnan().all() else f"  mean gate {heads.gate.nanmean():.2f}"
-        print0(f"epoch {epoch:3}  test accuracy {accuracy:.2f}% (best {self.best_accuracy:.2f}%)  "
-               f"loss {metrics['test_loss']:.3f}{gate}")  # fmt: skip
+        best = f" (best {self.best_accuracy:.2f}%)" if is_trained else ""
+        print0(f"epoch {epoch:3}  test accuracy {accuracy:.2f}%{best}  loss {metrics['test_loss']:.3f}{gate}")
 
     def _init_run(self):
         """Lock the run folder, restore the state if it is resumed, and write config and provenance."""
@@ -177,7 +179,9 @@ class Run:
             state |= {"epoch": state["epoch"] + 1, "step_in_epoch": 0, "loss_sum": 0.0}  # it was evaluated, too
         self.train_state = state
         records = [record for record in records if record["epoch"] < state["epoch"]]
-        self.best_accuracy = max((record["test_accuracy"] for record in records), default=-1.0)
+        first = 0 if self.config.weights else 1
+        accuracies = [record["test_accuracy"] for record in records if record["epoch"] >= first]
+        self.best_accuracy = max(accuracies, default=-1.0)
         return records
 
     def _save(self):
