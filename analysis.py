@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from convit_min import GPSA, ConViT, HeadAttention
-from images import prepare
+from images import preprocess
 
 MAP_ELEMENTS = 2**20  # of one head that `head_statistics` holds in memory at once
 
@@ -94,7 +94,7 @@ def patch_distances(grid: tuple[int, int]) -> Tensor:
 
 @torch.inference_mode()
 def plot_attention(model: ConViT, image, layer: int, head: int | None = None, query: tuple[int, int] | None = None):
-    """Plot the positional, content, and mixed attention of the heads of a layer, from one query patch.
+    """Plot the position, content, and mixed maps of the heads of a layer, from one query patch.
 
     `model` comes from `weights.open_model`; `image` is a path, the bytes of a file, a PIL image, or an array. Layers
     and heads count from 1; by default, all heads are plotted. `query` is (row, column) from 0, by default the center.
@@ -104,11 +104,11 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
     from matplotlib.figure import Figure  # not needed for statistics
     from matplotlib.patches import Rectangle
 
-    pixels = prepare(model, image)
+    pixels = preprocess(model, image)
     attention = model(pixels, return_attention=True)[1]
     rows, columns = model.config.grid
     row, column = query or (rows // 2, columns // 2)
-    ranges = {"layer": (layer, 1, len(attention)), "head": (head or 1, 1, model.config.num_heads),
+    ranges = {"layer": (layer, 1, len(attention)), "head": (1 if head is None else head, 1, model.config.num_heads),
               "row": (row, 0, rows - 1), "column": (column, 0, columns - 1)}  # fmt: skip
     for name, (value, lowest, highest) in ranges.items():
         if not lowest <= value <= highest:

@@ -2,11 +2,11 @@
 
     python app.py                            opens demo/ on http://127.0.0.1:7860
     python app.py --run runs/cifar           opens a run folder, which may still be training
-    python app.py --run runs/a runs/b        opens runs/a and plots the curves of runs/b beside its own
-    python app.py --weights convit_tiny      opens a released model, or a file of weights
+    python app.py --run runs/a runs/b        opens runs/a and plots the curves of runs/b alongside its own
+    python app.py --weights convit_tiny      opens a released model, a weights file, or a URL
 
 This file connects the page (viewer/web/) to what it shows (viewer/inspector.py), to the training runs that users start
-(viewer/sessions.py) and to the figures that they save (viewer/export.py).
+(viewer/sessions.py), and to the figures that they save (viewer/export.py).
 """
 
 import argparse
@@ -46,20 +46,22 @@ PAGE_CSS = """.gradio-container { overflow: visible !important; }
 def build_page(inspector: AttentionInspector, other_runs: list[Path] = ()) -> gr.Blocks:
     """The page for one model, with the curves of other runs. Raises ValueError for a run without metrics."""
     other_curves = read_other_curves(inspector.name, other_runs)
-    training_queue, trained = TrainingQueue(), {}  # trained: inspectors by session
+    training_queue, inspector_by_session = TrainingQueue(), {}
     atexit.register(training_queue.close)
 
     def select(request: dict) -> AttentionInspector:
-        """The server's model (run ""), or the model that this session has trained."""
-        for session in [session for session, opened in list(trained.items()) if not opened.run_dir.exists()]:
-            trained.pop(session, None)
-        session = request["run"]
+        """The server's model (session ""), or the model that a session has trained."""
+        for session, opened in list(inspector_by_session.items()):
+            if not opened.run_dir.exists():
+                inspector_by_session.pop(session, None)
+        session = request["session"]
         if session == "":
             return inspector
         run_dir = training_queue.run_dir(session)
         if not run_dir.exists():
             raise ValueError("This training run has expired; please select another model.")
-        return trained.get(session) or trained.setdefault(session, open_run(run_dir, "trained here"))
+        opened = inspector_by_session.get(session)
+        return opened or inspector_by_session.setdefault(session, open_run(run_dir, "trained here"))
 
     # the functions that the page's JavaScript calls
     def describe(request: dict) -> dict:
@@ -67,7 +69,8 @@ def build_page(inspector: AttentionInspector, other_runs: list[Path] = ()) -> gr
         selected.refresh()
         examples = load_examples(selected.train_config.get("dataset"))
         thumbnails = [{"name": name, "thumbnail": thumbnail(data)} for name, data in examples.items()]
-        return selected.describe() | {"others": [] if request["run"] else other_curves, "examples": thumbnails}
+        curves = [] if request["session"] else other_curves
+        return selected.describe() | {"other_curves": curves, "examples": thumbnails}
 
     def prepare_image(request: dict) -> dict:
         selected = select(request)
@@ -93,14 +96,14 @@ def build_page(inspector: AttentionInspector, other_runs: list[Path] = ()) -> gr
 
     def train(request: dict) -> dict:
         if request["action"] == "start":
-            trained.pop(request["session"], None)  # the session's earlier run
+            inspector_by_session.pop(request["session"], None)  # the session's earlier run
         return training_queue.handle(request["session"], request["action"])
 
     # the function that Python clients call
     def heads(image: str, layer: int, snapshot: int = -1, row: int = 0, column: int = 0) -> list[dict]:
         """Gate and attention maps of every head of a layer, for one query patch of an image (a file in base64).
 
-        Layers count from 1, as on the page; snapshots, rows and columns from 0. Snapshot -1 is the last one.
+        Layers count from 1, as on the page; snapshots, rows, and columns from 0. Snapshot -1 is the last one.
         """
         (rows, columns), count = inspector.config.grid, len(inspector.epochs)
         ranges = {"layer": (layer, 1, len(inspector.layers)), "snapshot": (snapshot, -count, count - 1),
@@ -137,7 +140,7 @@ def read_other_curves(name: str, runs: list[Path]) -> list[dict]:
 
 
 def json_errors(function):
-    """Return a server function's errors to the page as a message for the user, whatever the request contains."""
+    """Return a server function's errors to the page as a message for the user; requests may contain anything."""
 
     @functools.wraps(function)
     def wrapper(request: dict) -> dict:
@@ -174,7 +177,8 @@ def main():
     model = parser.add_mutually_exclusive_group()
     run_help = "run folder to open (default: demo/); more runs add their curves"
     model.add_argument("--run", nargs="+", default=[HERE / "demo"], type=Path, metavar="FOLDER", help=run_help)
-    model.add_argument("--weights", metavar="NAME|FILE", help="released model or file of weights to open instead")
+    weights_help = "released model, weights file, or URL to open instead"
+    model.add_argument("--weights", metavar="NAME|FILE|URL", help=weights_help)
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # set by Hugging Face Spaces
     parser.add_argument("--host", default=host, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, help="port to listen on (default: first free port from 7860)")

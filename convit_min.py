@@ -15,7 +15,7 @@ only if both maps sum to 1.
 A GPSA layer is initialized as a blurred convolution: position dominates (g = 0.73) and content is nearly uniform.
 With v_pos = alpha (2 Dx, 2 Dy, -1), P is a Gaussian around the offset (Dx, Dy), about 1 / sqrt(alpha) patches wide, and
 each head is assigned one tap of a small kernel. Read a trained head the same way: alpha = -v_pos[2] and (Dx, Dy) =
-v_pos[:2] / (2 alpha) if alpha > 0; with alpha < 0, the head avoids that point, and P has no peak.
+v_pos[:2] / (2 alpha) if alpha > 0; with alpha < 0, the head avoids that point.
 
 Released ConViT checkpoints load without conversion. At another image size, P is recomputed, pos_embed interpolated.
 Shapes: b batch, c channels, h heads, d channels per head, n tokens. The patch grid has Y rows and X columns: n = Y X,

@@ -22,19 +22,26 @@ def load_image(file: str | Path | BinaryIO, min_size: int | None = None) -> Imag
         with Image.open(file) as image:
             if min_size:
                 image.draft(None, (min_size, min_size))
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-            if not image.has_transparency_data:
-                return image.convert("RGB")
-            image = image.convert("RGBA")
-            background = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(background, image).convert("RGB")
+            return to_rgb(image)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} does not exist") from error
     except Exception as error:  # decoders raise nearly any exception on a damaged file
-        raise ValueError(f"{file} is not a readable image; repair or remove it") from error
+        raise ValueError(f"{file} is not a readable image") from error
 
 
-def prepare(model, image) -> Tensor:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any image to 8-bit RGB, as `load_image` does."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    background = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(background, image).convert("RGB")
+
+
+def preprocess(model, image) -> Tensor:
     """An image as input of a model from `weights.open_model`: cropped as in its evaluation, and normalized (1 3 H W).
 
     `image` is a path, the bytes of a file, a PIL image, or an array (H W 3, uint8). Raises ValueError if it is
@@ -44,23 +51,20 @@ def prepare(model, image) -> Tensor:
         image = Image.fromarray(image)
     elif isinstance(image, bytes):
         image = io.BytesIO(image)
-    if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")  # then transparency, 16 bits, and palettes are handled as in files
-        image = buffer
-    pixels = np.array(center_crop(load_image(image), *model.config.image_shape, model.crop))
+    image = to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
+    pixels = np.array(center_crop(image, *model.config.image_shape, model.crop_pct))
     return normalize(torch.from_numpy(pixels).permute(2, 0, 1)[None])
 
 
-def center_crop(image: Image.Image, height: int, width: int, crop: float = 1.0) -> Image.Image:
+def center_crop(image: Image.Image, height: int, width: int, crop_pct: float = 1.0) -> Image.Image:
     """A centered crop with the aspect ratio height : width, resized to that size.
 
-    It has the fraction `crop` of the largest such crop's sides.
+    It has the fraction `crop_pct` of the largest such crop's sides.
     """
-    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC, bleed=(1 - crop) / 2)
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC, bleed=(1 - crop_pct) / 2)
 
 
-def default_crop(height: int, width: int) -> float:
+def default_crop_pct(height: int, width: int) -> float:
     """The fraction of an image's sides to evaluate on: all of it up to 64 pixels, else 7/8, as usual for ImageNet."""
     return 1.0 if max(height, width) <= 64 else 0.875
 

@@ -15,7 +15,8 @@ import torch
 
 from analysis import plot_attention
 from convit_min import ConViT
-from images import prepare
+from images import preprocess
+from training.config import int_at_least
 from weights import open_model
 
 
@@ -26,16 +27,17 @@ def predict(model: ConViT, image, top: int = 3) -> list[tuple[str, float]]:
     `model` comes from `open_model`; `image` is a path, the bytes of a file, a PIL image, or an array (H W 3).
     Raises ValueError if the image is unreadable.
     """
-    logits = model(prepare(model, image))[0]
+    logits = model(preprocess(model, image))[0]
     probabilities, indices = logits.softmax(dim=0).topk(min(top, len(logits)))
     return [(model.classes[index], p) for index, p in zip(indices.tolist(), probabilities.tolist(), strict=True)]
 
 
 def find_files(paths: list[Path]) -> list[Path]:
-    """The given files, and all files in the given folders and their subfolders."""
+    """The given files, and all files in the given folders and their subfolders, except hidden ones."""
     files = []
     for path in paths:
-        files += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        found = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        files += [file for file in found if not file.name.startswith(".")]
     return files
 
 
@@ -45,7 +47,7 @@ def main():
     )
     parser.add_argument("model", help="run folder, weights file, or name of a released model")
     parser.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
-    parser.add_argument("--top", type=int, default=3, help="classes per image (%(default)s)")
+    parser.add_argument("--top", type=int_at_least(1), default=3, help="classes per image (%(default)s)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON record per image")
     output.add_argument("--csv", action="store_true", help="one CSV row per image")
@@ -53,13 +55,15 @@ def main():
     parser.add_argument("--layer", type=int, default=1, help="layer to plot, from 1 (%(default)s)")
     args = parser.parse_args()
     try:
-        model, status = open_model(args.model), 0
+        model, files, status = open_model(args.model), find_files(args.images), 0
+        if not files:
+            raise ValueError(f"no images in {', '.join(map(str, args.images))}")
         if args.attention:
-            plot_attention(model, find_files(args.images)[0], args.layer).savefig(args.attention, dpi=120)
+            plot_attention(model, files[0], args.layer).savefig(args.attention, dpi=120)
     except (ValueError, OSError) as error:
         sys.exit(f"predict.py: {error}")
     rows = csv.writer(sys.stdout)
-    for file in find_files(args.images):
+    for file in files:
         try:
             predictions = predict(model, file, args.top)
         except ValueError as error:

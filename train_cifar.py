@@ -4,10 +4,10 @@
     python train_cifar.py --data-dir DIR --run runs/mine      your images: DIR/train/CLASS/*, DIR/test/CLASS/*
     python train_cifar.py --dataset patterns --epochs 3 --crop-padding 0 --no-hflip               no data needed
     python train_cifar.py --model convit_cifar --epochs 300 --batch-size 512 --amp --compile      on a GPU
-    torchrun --nproc-per-node 2 -- train_cifar.py ...         on two
+    torchrun --nproc-per-node 2 -- train_cifar.py ...         on two GPUs
 
-The run folder contains config.json, metrics.jsonl, last.pt, best.pt, snapshots/, and three plots; view it with
-`python app.py --run runs/cifar`. demo/ is such a run, with its cost and results.
+The run folder contains config.json, provenance.json, metrics.jsonl, last.pt, best.pt, snapshots/, and plots; view it
+with `python app.py --run runs/cifar`. demo/ is such a run.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from convit_min import MODELS
 from images import normalize
 from training import distributed
 from training.augment import mixup_cutmix, random_crop, random_erasing, random_hflip
-from training.config import CORES, RunConfig, build_model, flag, int_at_least, number, parse_flags
+from training.config import CORES, RunConfig, build_model, flag, float_between, int_at_least, parse_flags
 from training.data import DATASETS, InMemoryData
 from training.distributed import UserError
 from training.evaluation import evaluate
@@ -33,27 +33,29 @@ from training.run import Run
 @dataclass
 class Config(RunConfig):
     # data
-    dataset: str | None = flag(None, "default: inferred from --data-dir", type=str, choices=DATASETS)
+    dataset: str | None = flag(None, "default: inferred from --data-dir", choices=DATASETS)
     data_dir: str = flag("data", "CIFAR (downloaded if missing), or a folder with train/CLASS/* and test/CLASS/*")
     workers: int = flag(CORES, "image-decoding threads", type=int_at_least(0))
     # model
     model: str = flag("convit_cifar_nano", "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
     img_size: int = flag(32, "image size in pixels; images are resized and center-cropped", type=int_at_least(1))
     patch_size: int = flag(4, "patch size in pixels", type=int_at_least(1))
-    run: str = flag("runs/cifar", "run folder to write; under torchrun on a shared disk")
-    # recipe; with --amp about an hour on two CPU cores
+    run: str = flag("runs/cifar", "run folder; with several machines, on a shared disk")
+    # recipe; with --amp, 94 minutes on one CPU core
     epochs: int = flag(30, "number of epochs", type=int_at_least(1))
     batch_size: int = flag(32, "global batch size, over all processes", type=int_at_least(1))
-    lr: float = flag(1e-3, "peak learning rate", type=number(0))
-    gate_lr_scale: float = flag(20.0, "learning-rate multiplier for the gates; above 1 for short runs", type=number(0))
-    weight_decay: float = flag(0.05, "of AdamW, on matrices only", type=number(0))
-    warmup_epochs: float = flag(1.0, "linear warm-up", type=number(0))
+    lr: float = flag(1e-3, "peak learning rate", type=float_between(0))
+    gate_lr_scale: float = flag(
+        20.0, "learning-rate multiplier for the gates; above 1 for short runs", type=float_between(0)
+    )
+    weight_decay: float = flag(0.05, "AdamW weight decay, matrices only", type=float_between(0))
+    warmup_epochs: float = flag(1.0, "epochs of linear warm-up", type=float_between(0))
     crop_padding: int = flag(4, "zero-padding of the random crop, in pixels", type=int_at_least(0))
-    label_smoothing: float = flag(0.1, "probability spread over all classes", type=number(0, 1))
-    mixup: float = flag(0.0, "mixup's Beta parameter (0: off)", type=number(0))
-    cutmix: float = flag(0.0, "cutmix's Beta parameter (0: off)", type=number(0))
-    random_erasing: float = flag(0.0, "probability of random erasing", type=number(0, 1))
-    ema_decay: float = flag(0.998, "decay of the moving average of the weights (0: off)", type=number(0, 1))
+    label_smoothing: float = flag(0.1, "label smoothing", type=float_between(0, 1))
+    mixup: float = flag(0.0, "mixup alpha (0: off)", type=float_between(0))
+    cutmix: float = flag(0.0, "cutmix alpha (0: off)", type=float_between(0))
+    random_erasing: float = flag(0.0, "probability of random erasing", type=float_between(0, 1))
+    ema_decay: float = flag(0.998, "decay of the moving average of the weights (0: off)", type=float_between(0, 1))
 
 
 def train(config: Config):

@@ -1,4 +1,4 @@
-"""Train a ConViT on ImageNet, or any large image folder, with the recipe of the paper (that of DeiT).
+"""Train a ConViT on ImageNet, or any large image folder, with the hyperparameters of the paper (those of DeiT).
 
     python train_imagenet.py --data-dir /data/imagenet --amp --compile                                     one GPU
     torchrun --nproc-per-node 8 -- train_imagenet.py --data-dir /data/imagenet --amp --compile             eight
@@ -7,7 +7,8 @@
     python train_imagenet.py --dataset patterns --model convit_cifar_nano --epochs 9 --batch-size 64       no data
 
 DIR contains train/CLASS/* and val/CLASS/*. Published results after 300 epochs: 73.1, 81.3, 82.4% top-1 (convit_tiny,
-_small, _base); this script has not been run that far yet. The loop is that of train_cifar.py: compare them with `diff`.
+_small, _base); this script has not been run that far yet. It differs in that the EMA weights are evaluated, RandAugment
+has a fixed magnitude, and mixup draws per image. The loop is that of train_cifar.py: compare them with `diff`.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from analysis import head_statistics
 from images import normalize
 from training import distributed
 from training.augment import mixup_cutmix, random_erasing, random_hflip
-from training.config import CORES, RunConfig, build_model, flag, int_at_least, number, parse_flags
+from training.config import CORES, RunConfig, build_model, flag, float_between, int_at_least, parse_flags
 from training.data import InMemoryData
 from training.distributed import UserError
 from training.evaluation import evaluate
@@ -36,20 +37,24 @@ class Config(RunConfig):
     dataset: str = flag("imagenet", "folder: any other image folder", choices=["imagenet", "folder", "patterns"])
     data_dir: str = flag("data", "folder with train/CLASS/* and val/CLASS/*; val/ suffices for --eval")
     workers: int = flag(CORES, "image-decoding processes per training process", type=int_at_least(0))
-    skip_bad_images: bool = flag(False, "skip unreadable images with a warning")
-    run: str = flag("runs/imagenet", "run folder to write; under torchrun on a shared disk")
+    skip_bad_images: bool = flag(False, "replace unreadable training images by the next one, with a warning")
+    run: str = flag("runs/imagenet", "run folder; with several machines, on a shared disk")
     # recipe
-    lr: float = flag(5e-4, "peak learning rate per 512 images, scaled linearly with --batch-size", type=number(0))
-    gate_lr_scale: float = flag(1.0, "learning-rate multiplier for the gates; above 1 for short runs", type=number(0))
-    weight_decay: float = flag(0.05, "of AdamW, on matrices only", type=number(0))
-    drop_path: float = flag(0.1, "stochastic depth rate of the last block", type=number(0, 1))
-    rand_augment: int = flag(9, "magnitude of RandAugment, 0 to 10, two operations per image", type=int_at_least(0))
-    label_smoothing: float = flag(0.1, "probability spread over all classes", type=number(0, 1))
-    mixup: float = flag(0.8, "mixup's Beta parameter (0: off)", type=number(0))
-    cutmix: float = flag(1.0, "cutmix's Beta parameter (0: off)", type=number(0))
-    random_erasing: float = flag(0.25, "probability of random erasing", type=number(0, 1))
-    aug_repeats: int = flag(3, "repeated augmentation: copies of an image per epoch", type=int_at_least(1))
-    ema_decay: float = flag(0.99996, "decay of the moving average of the weights (0: off)", type=number(0, 1))
+    lr: float = flag(
+        5e-4, "peak learning rate per 512 images, scaled linearly with --batch-size", type=float_between(0)
+    )
+    gate_lr_scale: float = flag(
+        1.0, "learning-rate multiplier for the gates; above 1 for short runs", type=float_between(0)
+    )
+    weight_decay: float = flag(0.05, "AdamW weight decay, matrices only", type=float_between(0))
+    drop_path: float = flag(0.1, "stochastic depth rate of the last block", type=float_between(0, 1))
+    rand_augment: int = flag(9, "magnitude of RandAugment, two operations per image", choices=range(11))
+    label_smoothing: float = flag(0.1, "label smoothing", type=float_between(0, 1))
+    mixup: float = flag(0.8, "mixup alpha (0: off)", type=float_between(0))
+    cutmix: float = flag(1.0, "cutmix alpha (0: off)", type=float_between(0))
+    random_erasing: float = flag(0.25, "probability of random erasing", type=float_between(0, 1))
+    aug_repeats: int = flag(3, "repeated augmentation: times a sampled image appears per epoch", type=int_at_least(1))
+    ema_decay: float = flag(0.99996, "decay of the moving average of the weights (0: off)", type=float_between(0, 1))
 
 
 def train(config: Config):

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from convit_min import MODELS, ConViT, ConViTConfig, Grid, resize_pos_embed
-from images import default_crop
+from images import default_crop_pct
 
 RELEASED = ("convit_tiny", "convit_small", "convit_base")
 RELEASED_URL = "https://dl.fbaipublicfiles.com/convit/{}.pth"
-NESTED_IN = ("model", "state_dict", "model_ema", "state_dict_ema")  # the first that a file has
+STATE_DICT_KEYS = ("model", "state_dict", "model_ema", "state_dict_ema")  # the first that a file has
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, and Lightning
 MAX_LISTED = 5  # names in an error
+
+
+class HeadWarning(UserWarning):
+    """The classifier of a file was not loaded."""
 
 
 class Weights(NamedTuple):
@@ -27,21 +31,16 @@ class Weights(NamedTuple):
     config: ConViTConfig | None
     classes: list[str]
     epoch: int
-    crop: float | None  # fraction of an image's sides that the model was evaluated on
+    crop_pct: float | None  # fraction of an image's sides that the model was evaluated on
 
 
 def open_model(source: str | Path) -> ConViT:
     """A model in eval mode from a run folder, a weights file, a URL, or the name of a released model.
 
-    In a run folder, opens best.pt, or else the last snapshot. The model has the additional attributes `classes`
-    (names), `epoch` (0 if unknown), and `crop` (the fraction of an image's sides to predict from).
+    The model has the additional attributes `classes`
+    (names), `epoch` (0 if unknown), and `crop_pct` (the fraction of an image's sides to predict from).
     Raises FileNotFoundError or ValueError like `load_weights`.
     """
-    if Path(source).is_dir():
-        files = [*Path(source).glob("best.pt")] or sorted(Path(source).glob("snapshots/epoch_*.pt"))
-        if not files:
-            raise FileNotFoundError(f"{source} contains neither best.pt nor snapshots/")
-        source = files[-1]
     weights = read_weights(str(source))
     config = weights.config or infer_model(weights.state)[1]
     if config is None:
@@ -49,16 +48,16 @@ def open_model(source: str | Path) -> ConViT:
     model = ConViT(config).eval()
     _load(model, weights, str(source))
     model.classes, model.epoch = weights.classes or class_names(config.num_classes), weights.epoch
-    model.crop = weights.crop or default_crop(*config.image_shape)
+    model.crop_pct = weights.crop_pct or default_crop_pct(*config.image_shape)
     return model
 
 
 def load_weights(model: ConViT, source: str | Path, new: Collection[str] = ()):
-    """Load weights from a file, a URL, or the name of a released model.
+    """Load weights from a run folder (best.pt, or else the last snapshot), a file, a URL, or a released model's name.
 
-    pos_embed is resized for another image size. The model keeps its own head, with a warning, if the number of classes
-    differs. Parameters named in `new` (as in ("relative_bias",), wherever they occur) may be missing from the file and
-    then keep their initial values.
+    pos_embed is resized for a different image size. If the number of classes differs, the classifier is not loaded, and
+    a warning says so. Parameters named in `new`, as in ("relative_bias",), may be missing from the file, and then keep
+    their initial values.
 
     Raises FileNotFoundError if there is no such file, and ValueError if it is damaged, is not a PyTorch checkpoint, or
     does not match the model. The model is then unchanged. No code in the file is executed.
@@ -70,7 +69,7 @@ def read_weights(source: str) -> Weights:
     """The content of a file, URL, or released model. Raises FileNotFoundError or ValueError like `load_weights`."""
     url = RELEASED_URL.format(source) if source in RELEASED else source
     try:
-        if url.endswith(".safetensors"):
+        if url.endswith(".safetensors") and not url.startswith("http"):
             from safetensors.torch import load_file  # an optional dependency
 
             record = load_file(url)
@@ -78,25 +77,36 @@ def read_weights(source: str) -> Weights:
             file_name = url.partition("://")[2].replace("/", "_")  # torch.hub would cache by the last part alone
             record = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, file_name=file_name)
         else:
+            if Path(url).is_dir():
+                url = str(_find_weights(Path(url)))
             with torch.serialization.safe_globals([argparse.Namespace]):  # in the authors' training checkpoints
                 record = torch.load(url, map_location="cpu", weights_only=True)
         config = ConViTConfig(**record["model_config"]) if "model_config" in record else None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {source}, and no released model of that name") from None
+    except FileNotFoundError as error:
+        missing = f"there is no file {source}, and no released model of that name"
+        raise FileNotFoundError(str(error) if Path(source).is_dir() else missing) from None
     except ImportError as error:
         raise ValueError(f"{source} needs a package: pip install safetensors") from error
     except Exception as error:  # unpickling a damaged file raises nearly any exception
         raise ValueError(f"{source} cannot be downloaded, is damaged, or is not a PyTorch checkpoint") from error
 
-    nested = next((record[key] for key in NESTED_IN if key in record), record) if isinstance(record, dict) else None
-    state = nested if isinstance(nested, dict) else {}
-    state = {_strip_prefixes(str(name)): value for name, value in state.items() if torch.is_tensor(value)}
+    record = record if isinstance(record, dict) else {}
+    nested = next((record[key] for key in STATE_DICT_KEYS if key in record), record)
+    items = nested.items() if isinstance(nested, dict) else []
+    state = {_strip_prefixes(str(name)): value for name, value in items if torch.is_tensor(value)}
     if not state:
         raise ValueError(f"{source} contains no weights")
     if config is None:
         return Weights(state, None, [], 0, None)
     classes = [str(name) for name in record.get("classes", [])]
-    return Weights(state, config, classes, int(record.get("epoch", 0)), record.get("crop"))
+    return Weights(state, config, classes, int(record.get("epoch", 0)), record.get("crop_pct"))
+
+
+def _find_weights(run_dir: Path) -> Path:
+    files = [*run_dir.glob("best.pt")] or sorted(run_dir.glob("snapshots/epoch_*.pt"))
+    if not files:
+        raise FileNotFoundError(f"{run_dir} contains neither best.pt nor snapshots/")
+    return files[-1]
 
 
 def infer_model(state: dict[str, Tensor]) -> tuple[str | None, ConViTConfig | None]:
@@ -128,7 +138,8 @@ def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = (
     head = {key: value for key, value in expected.items() if key.startswith("head.")}
     file_head = {key for key in state if key.startswith("head.")}
     if file_head != head.keys() or any(state[key].shape != head[key].shape for key in head):
-        warnings.warn(f"{source} has another number of classes: the model keeps its own head", stacklevel=3)
+        message = f"{source} has a different number of classes: its classifier is not loaded"
+        warnings.warn(message, HeadWarning, stacklevel=3)
         state = {key: value for key, value in state.items() if key not in file_head} | head
 
     missing = expected.keys() - state.keys()
@@ -136,7 +147,7 @@ def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = (
     mismatches = {
         "missing": missing - kept,
         "unexpected": state.keys() - expected.keys(),
-        "of another shape": {key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape},
+        "with a different shape": {key for key in state if key in expected and state[key].shape != expected[key].shape},
     }
     problems = [f"{problem}: {list_names(keys)}" for problem, keys in mismatches.items() if keys]
     if problems:
@@ -154,7 +165,7 @@ def _adapt_pos_embed(state: dict[str, Tensor], grid: Grid | None, model: ConViT)
     num_rows = pos_embed.shape[1]
     if grid is None and num_rows == math.prod(model.config.grid):
         grid = model.config.grid
-    if grid is None:  # files of others do not record the grid; theirs are square
+    if grid is None:  # third-party files do not record the grid; theirs are square
         grid = (math.isqrt(num_rows),) * 2
         if cls_token is not None and num_rows == math.prod(grid) + 1:  # DeiT
             state["cls_token"], pos_embed = cls_token + pos_embed[:, :1], pos_embed[:, 1:]

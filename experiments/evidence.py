@@ -1,13 +1,14 @@
 """Train the runs that compare ConViT with a plain ViT: five seeds of each, on 10% and on all of CIFAR-10.
 
-    python -m experiments.evidence --code ../grid-1 --work ../runs
+    git worktree add ../worktree 2c4125a
+    python -m experiments.evidence --code ../worktree --work ../runs
 
-Start one process per CPU core; each trains with one thread. All runs are trained by the code of a worktree, at one
-commit, and finished ones are appended to results/evidence/runs.jsonl. SIGTERM saves the current run; the same command
-resumes it.
+Start one process per CPU core; each trains with one thread. The code of commit 2c4125a, in the worktree, trains all
+runs on the images in its data/cifar10; finished ones are appended to results/evidence/runs.jsonl. SIGTERM saves the
+current run; the same command resumes it.
 
-Design: accuracy after the last epoch, 10,000 steps of 32 images; subset, order and augmentation are paired by seed. The
-learning rate of each model and data fraction is chosen first, on a 10% validation split with a seed of its own.
+Design: accuracy after the last epoch, 10,000 steps of 32 images; subset, order, and augmentation are paired by seed.
+The learning rate of each model and data fraction is chosen first, on a 10% validation split with a separate seed.
 """
 
 import argparse
@@ -19,13 +20,13 @@ from experiments.migrate import migrate
 from experiments.sweep import RunSpec, Sweep, read_run, run_main
 
 RUNS = Path(__file__).parent.parent / "results" / "evidence" / "runs.jsonl"
-# flags of the worktree's train_cifar.py, by their old names; experiments.migrate renames them in the finished runs
+# flags of train_cifar.py at commit 2c4125a; experiments.migrate renames them in the finished runs
 RECIPE = "--epoch-steps 2500 --amp bf16 --batch-size 32 --data-dir data/cifar10"
 TUNING = "--seed 100 --hold-out 0.1 --epochs 2 --warmup-epochs 0.2"
 FULL_LENGTH = "--epochs 4 --warmup-epochs 0.4"
 MODELS = {"convit": "", "vit": "--gpsa-layers 0"}
 LEARNING_RATES = [2.5e-4, 5e-4, 1e-3]
-FACTOR = 2  # extends the learning rates if the best is the lowest or the highest
+LR_FACTOR = 2  # extends the learning rates if the best is the lowest or the highest
 SEEDS = range(5)
 VARIANTS = {"gates-0.5": "--gating frozen --gate-init 0", "gates-0.73": "--gating frozen"}  # of ConViT, on 10%
 
@@ -36,19 +37,23 @@ def tuning_name(model: str, fraction: float, lr: float) -> str:
 
 def tune_learning_rate(model: str, fraction: float, records: dict[str, dict]) -> tuple[float | None, list[float]]:
     """The best learning rate (None while runs are missing), and all that have to be tried."""
-    rates = list(LEARNING_RATES)
+    learning_rates = list(LEARNING_RATES)
     while True:
-        runs = {lr: records.get(tuning_name(model, fraction, lr)) for lr in rates}
+        runs = {lr: records.get(tuning_name(model, fraction, lr)) for lr in learning_rates}
         if not all(runs.values()):
-            return None, rates
-        best = max(rates, key=lambda lr: runs[lr]["metrics"][-1]["test_accuracy"])
-        if best not in (rates[0], rates[-1]):
-            return best, rates
-        rates = [rates[0] / FACTOR, *rates] if best == rates[0] else [*rates, rates[-1] * FACTOR]
+            return None, learning_rates
+        best = max(learning_rates, key=lambda lr: runs[lr]["metrics"][-1]["test_accuracy"])
+        lowest, highest = learning_rates[0], learning_rates[-1]
+        if best not in (lowest, highest):
+            return best, learning_rates
+        if best == lowest:
+            learning_rates.insert(0, lowest / LR_FACTOR)
+        else:
+            learning_rates.append(highest * LR_FACTOR)
 
 
 def plan(records: dict[str, dict]) -> list[RunSpec]:
-    """Every run that can be trained by now, the most important ones first."""
+    """All runs whose learning rate is known, the most important first."""
     runs, best_lr = [], {}
 
     def add(name: str, model: str, fraction: float, lr: float | None, *flags: str):
@@ -57,8 +62,8 @@ def plan(records: dict[str, dict]) -> list[RunSpec]:
             runs.append(RunSpec(name, " ".join(all_flags).split()))
 
     for fraction, model in product((0.1, 1.0), MODELS):
-        best_lr[model, fraction], rates = tune_learning_rate(model, fraction, records)
-        for lr in rates:
+        best_lr[model, fraction], learning_rates = tune_learning_rate(model, fraction, records)
+        for lr in learning_rates:
             add(tuning_name(model, fraction, lr), model, fraction, lr, TUNING)
     for fraction, seed, model in product((0.1, 1.0), SEEDS, MODELS):
         name = f"{model}-{fraction:.0%}-seed{seed}"
@@ -75,7 +80,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--code", type=Path, required=True, help="worktree whose train_cifar.py trains the runs")
     parser.add_argument("--work", type=Path, required=True, help="folder of unfinished runs, outside the project")
-    parser.add_argument("--list", action="store_true", help="print the runs and whether they are finished, and exit")
+    parser.add_argument("--list", action="store_true", help="print which runs are finished, and exit")
     args = parser.parse_args()
     sweep = Sweep(RUNS, args.work, read=lambda folder: migrate(read_run(folder)))
     if args.list:

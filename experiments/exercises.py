@@ -1,11 +1,11 @@
-"""Do the exercises of docs/exercises.md: train the model with each change and write a table of the results.
+"""Train the exercises of docs/exercises.md, each a change to the model, and write a table of the results.
 
-    python -m experiments.exercises                 all exercises, two seeds each: about an hour on two CPU cores
+    python -m experiments.exercises                 all, two seeds each: 22 runs of about four minutes of one CPU core
     python -m experiments.exercises 3 8 --seeds 1   some of them
 
-The ```diff blocks of a section are applied to a copy of the code, in which the section's command runs. An exercise of
-your own is one more section. Rerun the same command to resume. Finished runs, table and plot are in
-results/reproduce/exercises/.
+The ```diff blocks of a section are applied to a copy of the code, in which the section's command runs. To add your own
+exercise, add a section. Rerun the same command to resume. Finished runs, table, and plot are in
+results/reproduce/exercises/. The times exclude evaluation.
 """
 
 import argparse
@@ -78,8 +78,8 @@ def copy_code(diff: str, folder: Path) -> Path:
     return folder
 
 
-def do_exercises(numbers: list[int], seeds: int, data_dir: str):
-    """Train the missing runs of some exercises, by default of all, and write the table of all finished runs."""
+def train_exercises(numbers: list[int], seeds: int, data_dir: str):
+    """Train the missing runs of some exercises (none given: of all), and write the table of all finished runs."""
     exercises = {exercise.number: exercise for exercise in parse_exercises(TEXT.read_text())}
     if not exercises.keys() >= set(numbers):
         raise UserError(f"{TEXT.name} has the exercises {', '.join(map(str, exercises))}")
@@ -105,11 +105,11 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("numbers", nargs="*", type=int, help="exercises to do (default: all)")
-    parser.add_argument("--seeds", type=int_at_least(1), default=2, help="seeds of each (%(default)s)")
+    parser.add_argument("numbers", nargs="*", type=int, help="exercises to train (default: all)")
+    parser.add_argument("--seeds", type=int_at_least(1), default=2, help="seeds per exercise (%(default)s)")
     parser.add_argument("--data-dir", default=Config.data_dir, help="see train_cifar.py (%(default)s)")
     args = parser.parse_args()
-    run_main(do_exercises, args.numbers, args.seeds, args.data_dir)
+    run_main(train_exercises, args.numbers, args.seeds, args.data_dir)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Convert runs of earlier versions, whose flags and metrics had other names, to one runs.jsonl.
+"""Convert runs of earlier versions, whose flags and metrics had different names, to one runs.jsonl.
 
-    python -m experiments.migrate results/grid/runs.jsonl --into results/evidence/runs.jsonl
-    python -m experiments.migrate results/tuning/*/ --into results/tuning/runs.jsonl
+    python -m experiments.migrate SOURCE ... --into FILE
 
-A source is a run folder or a runs.jsonl; a run that is in the target already is skipped.
+A source is a run folder or a runs.jsonl; runs that FILE already has are skipped.
 """
 
 import argparse
@@ -27,7 +26,7 @@ def rename_flags(text: str) -> str:
 
 
 def migrate(record: dict) -> dict:
-    """A record with today's names; one that has them already stays as it is."""
+    """A record with current names; unchanged if already current."""
     config = {RENAMED_FLAGS.get(name, name): value for name, value in record["config"].items()}
     config.pop("colour_jitter", None)
     config.setdefault("pool", "token")

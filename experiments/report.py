@@ -1,4 +1,4 @@
-"""Write results: NAME.md, NAME.json and NAME.png in results/reproduce/, and the comparison of any runs.
+"""Write results: NAME.md, NAME.json, and NAME.png in results/reproduce/, and the comparison of any runs.
 
 The `cells` of a table map (row, column) to the summary of a setting: see `summarize_runs`.
 """
@@ -65,11 +65,12 @@ def write_table(name: str, records: dict[tuple[str, str], list[dict]], file: Pat
     runs = [run for cell_runs in records.values() for run in cell_runs]
     config = runs[0]["config"]
     steps = " or ".join(str(count) for count in sorted({cell["steps"][-1] for cell in cells.values()}))
-    rates = " or ".join(f"{lr:g}" for lr in sorted({run["config"]["lr"] for run in runs}))
+    learning_rates = " or ".join(f"{lr:g}" for lr in sorted({run["config"]["lr"] for run in runs}))
     images = "a validation split of the training set" if config["val_fraction"] else "the test images"
     notes = [
         f"Accuracy (%) on {images} after the last step: mean ± std over seeds (n); one seed where there is no ±.",
-        f"All runs: `{config['model']}`, {steps} steps of {config['batch_size']} images, learning rate {rates}.",
+        f"All runs: `{config['model']}`, {steps} steps of {config['batch_size']} images, "
+        f"learning rate {learning_rates}.",
     ]
     paper_columns, extra = PAPER.get(name, ([], []))
     extra_columns = [f"paper: {column}" for column in paper_columns]
@@ -110,12 +111,12 @@ def write_gates(
         cells = [f"{value:.2f}" for value in values] or [""] * 3
         table.append([str(layer + 1), *cells, *(f"{distance:.2f}" for distance in distances)])
     before, after = (f"epoch {row['epoch']}" for row in (first, last))
-    head = ["layer", f"mean gate, {before}", after, f"lowest gate, {after}", f"non-locality, {before}", after]
+    header = ["layer", f"mean gate, {before}", after, f"lowest gate, {after}", f"non-locality, {before}", after]
     lines = [
-        *markdown(head, table),
+        *markdown(header, table),
         "",
-        f"Run `{run}`. Gate 1: positional attention only; gate 0: content attention only. Non-locality: mean attention "
-        f"distance in patches; {uniform:.2f} for uniform attention.",
+        f"Run `{run}`. Gate 1: position map only; gate 0: content map only. Non-locality: mean attention distance in "
+        f"patches; {uniform:.2f} for uniform attention.",
     ]
     heads = [{key: row["heads"][key] for key in ("gate", "non_locality")} for row in metrics]
     record = {"run": run, "uniform": uniform, "epochs": [row["epoch"] for row in metrics], "heads": heads}
@@ -168,19 +169,19 @@ def compare(runs: list[dict], folder: Path):
     accuracy.legend(frameon=False, fontsize="small")
     figure.savefig(folder / "compare.png", dpi=120)
 
-    head = ["run", f"{images} accuracy after the last epoch (%)", "epochs", "mean gate", "command"]
-    made = origin(runs)
-    notes = f"One seed each; {'; '.join(made['hardware'])}. Table and plot: `{made['command']}`."
-    lines = [*markdown(head, table), "", notes, "", "![accuracy and mean gate over epochs](compare.png)"]
+    header = ["run", f"{images} accuracy after the last epoch (%)", "epochs", "mean gate", "command"]
+    summary = provenance_summary(runs)
+    notes = f"One seed each; {'; '.join(summary['hardware'])}. Table and plot: `{summary['command']}`."
+    lines = [*markdown(header, table), "", notes, "", "![accuracy and mean gate over epochs](compare.png)"]
     write_text(folder / "README.md", "\n".join(lines) + "\n")
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
     """The lines of a table."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def origin(runs: list[dict]) -> dict:
+def provenance_summary(runs: list[dict]) -> dict:
     """The command that is running, and the distinct machines and versions of some runs."""
     keys = ("device", "cpu", "machine", "python", "torch", "torchvision")
     entries = [entry for run in runs for entry in run["provenance"]]
@@ -189,9 +190,9 @@ def origin(runs: list[dict]) -> dict:
 
 
 def save(file: Path, record: dict, lines: list[str], runs: list[dict], figure: Figure):
-    """Write FILE.md, FILE.json and FILE.png, with the origin of the runs that the result is from; print the table."""
+    """Write FILE.md, FILE.json, and FILE.png for a result, with the provenance of its runs; print the table."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    record = origin(runs) | record
+    record = provenance_summary(runs) | record
     text = "\n".join([*lines, f"`{record['command']}`; {'; '.join(record['hardware'])}."])
     write_text(file.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     write_text(file.with_suffix(".md"), f"{text}\n\n![same data as a plot]({file.name}.png)\n")

@@ -1,12 +1,12 @@
 """Reproduce the tables and figures of the ConViT paper on CIFAR-10, or on any folder of small images.
 
-    python -m experiments.reproduce all             Tables 2 and 3 and Fig. 8: an hour and a half on two CPU cores
-    python -m experiments.reproduce gates           Figs. 5 to 7 of demo/, or of another --run; nothing is trained
+    python -m experiments.reproduce all             Tables 2 and 3 and Fig. 8: two hours of one core, plus evaluation
+    python -m experiments.reproduce gates           Figs. 5 to 7 of demo/, or of a different --run; nothing is trained
     python -m experiments.reproduce compare DIR     a table and a plot of the runs in DIR/runs.jsonl
 
 All runs have the same number of steps, and one learning rate, which is chosen first, on a validation split. Use --amp
-off on CPUs without bf16 and --budget gpu on a GPU. Rerun the same command to resume an interrupted sweep. Tables, plots
-and finished runs (runs.jsonl) go to results/reproduce/, unfinished runs to runs/sweeps/.
+off on CPUs without bf16 support and --budget gpu on a GPU. Rerun the same command to resume an interrupted sweep.
+Tables, plots, and finished runs (runs.jsonl) go to results/reproduce/, unfinished runs to runs/sweeps/.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def tables(budget: Budget) -> dict[str, dict[tuple[str, str], dict]]:
     tenth = {"data_fraction": 0.1}
     tuning = tenth | {"val_fraction": 0.1, "epochs": budget.lr_epochs}
 
-    def local(layers: int, strength: float) -> dict:
+    def locality_settings(layers: int, strength: float) -> dict:
         """Without the defaults, so that the full ConViT and the plain ViT are the runs of other tables."""
         settings = {} if layers == base.gpsa_layers else {"gpsa_layers": layers}
         return settings if strength == 1 or layers == 0 else settings | {"locality_strength": strength}
@@ -93,7 +93,7 @@ def tables(budget: Budget) -> dict[str, dict[tuple[str, str], dict]]:
                               for fraction in (0.05, 0.1, 0.3, 1.0) for name, model in models.items()},
         "ablation": {(name, f"{fraction:.0%}"): {"data_fraction": fraction} | change
                      for name, change in ABLATIONS.items() for fraction in (1.0, 0.1)},
-        "locality": {(f"{layers} GPSA layers", f"strength {strength:g}"): tenth | local(layers, strength)
+        "locality": {(f"{layers} GPSA layers", f"strength {strength:g}"): tenth | locality_settings(layers, strength)
                      for layers in layer_counts for strength in (0.01, 0.1, 1.0)},
     }
     # fmt: on
@@ -105,10 +105,10 @@ def seed_runs(settings: dict, lr: float | None, args: argparse.Namespace) -> lis
     is_shared = settings in ({"data_fraction": 0.1}, {"data_fraction": 0.1} | PLAIN)
     runs = []
     for seed in range(args.seeds or (budget.shared_seeds if is_shared else budget.seeds)):
-        named = settings | {"lr": settings.get("lr", lr), "seed": seed}
-        config = {"dataset": args.dataset, "data_dir": args.data_dir} | budget.config | named
+        run_settings = settings | {"lr": settings.get("lr", lr), "seed": seed}
+        config = {"dataset": args.dataset, "data_dir": args.data_dir} | budget.config | run_settings
         config |= {"warmup_epochs": config["epochs"] / 10} | ({"amp": args.amp} if args.amp else {})
-        name = "_".join(flag.removeprefix("--") for flag in as_flags(named))
+        name = "_".join(flag.removeprefix("--") for flag in as_flags(run_settings))
         runs.append(RunSpec(name, as_flags(config), config))
     return runs
 
@@ -231,7 +231,7 @@ COMMANDS = {
         "number of GPSA layers, locality strength of their init, on a tenth of the images (Fig. 8)",
     ),
     "all": (reproduce, "the three above; runs that they share are trained once"),
-    "gates": (show_gates, "gates, non-locality and attention maps of a run (Figs. 5 to 7)"),
+    "gates": (show_gates, "gates, non-locality, and attention maps of a run (Figs. 5 to 7)"),
     "masking": (show_masking, "accuracy of a run with parts masked (Tables 5 and 6)"),
     "compare": (show_comparison, "table and plot of the finished runs of any sweep"),
 }

@@ -1,6 +1,6 @@
 """Train a sweep: many runs of train_cifar.py, each in its own process, with the finished ones in one JSONL file.
 
-A finished run is one line of runs.jsonl: name, config, provenance and metrics. It is not trained again. An unfinished
+A finished run is one line of runs.jsonl: name, config, provenance, and metrics. It is not trained again. An unfinished
 run is a folder in a work folder; rerunning the command resumes it. Several processes can train the same sweep at once,
 since a run is locked while it trains.
 """
@@ -22,7 +22,7 @@ from training.distributed import Stopped, UserError, abort
 CODE = Path(__file__).parent.parent
 WORK = Path("runs/sweeps")
 RESUME_HINT = "rerun the same command to resume"
-NOT_IDENTITY = {"run", "data_dir", "device", "workers"}  # where a run is trained does not change what it is
+LOCATION_FLAGS = {"run", "data_dir", "device", "workers"}  # where a run is trained, not what it trains
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RunSpec:
 
 
 def read_run(folder: Path) -> dict:
-    """A run folder as a record: name, config, provenance and metrics."""
+    """A run folder as a record: name, config, provenance, and metrics."""
     config, provenance = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "provenance"))
     return {"name": folder.name, "config": config, "provenance": provenance, "metrics": read_metrics(folder)}
 
@@ -65,7 +65,7 @@ class Sweep:
                 file.write(json.dumps(record).encode() + b"\n")
 
     def missing(self, runs: list[RunSpec]) -> list[RunSpec]:
-        """The runs that are not finished. Raises UserError if a finished run of the same name has another config."""
+        """The unfinished runs. Raises UserError if a finished run of the same name has a different config."""
         records = self.records()
         for run in runs:
             if run.name in records:
@@ -141,14 +141,14 @@ class Sweep:
 
 
 def _check(run: RunSpec, record: dict, remedy: str):
-    """Raise UserError if a stored run was trained with another config or definition."""
+    """Raise UserError if a stored run was trained with a different config or definition."""
     for name, value in run.config.items():
         saved = record["config"].get(name)
-        if name not in NOT_IDENTITY and value not in (None, saved):
+        if name not in LOCATION_FLAGS and value not in (None, saved):
             flag_name = "--" + name.replace("_", "-")
             raise UserError(f"{run.name} has {flag_name} {saved}, not {value}; {remedy} to train it again")
     if run.definition != record.get("definition", ""):
-        raise UserError(f"{run.name} was trained with other flags or another diff; {remedy} to train it again")
+        raise UserError(f"{run.name} was trained with different flags or a different diff; {remedy} to train it again")
 
 
 def run_main(function: Callable, *args):

@@ -40,7 +40,7 @@ def test_explicit_maps_give_the_same_logits():
         torch.testing.assert_close(explicit(images), ours(images), atol=1e-5, rtol=1e-4)
 
 
-def test_functions_are_timed_in_turns(monkeypatch):
+def test_timing_is_interleaved(monkeypatch):
     clock, calls = [0.0], []
 
     def take(name, seconds):

@@ -1,7 +1,7 @@
-"""Both training scripts, whole, on fake CUDA tensors: no GPU is needed, and no arithmetic is done.
+"""Both training scripts, end to end on fake CUDA tensors: no GPU is needed, and no arithmetic is done.
 
 Fails where an operation mixes a CUDA tensor with a CPU tensor of one dimension or more, and where a line of ours makes
-the host wait for the device within a step. A GPU, where there is one, takes the test at the end of this file.
+the host wait for the device within a step. The last test runs on a real GPU if there is one.
 """
 
 import sys
@@ -29,7 +29,7 @@ DATA_DEPENDENT = {aten.nonzero.default, aten.masked_select.default}
 
 
 class Rehearsal(TorchDispatchMode):
-    """Lies over a FakeTensorMode: CPU operations are real, CUDA operations are fake, waits are recorded."""
+    """Runs on top of a FakeTensorMode: CPU operations are real, CUDA operations are fake, waits are recorded."""
 
     def __init__(self):
         super().__init__()
@@ -98,6 +98,8 @@ def marked_steps(mark):
         for item in steps(run, epoch, batches):
             mark(True)
             yield item
+            mark(True)  # the next batch is part of a step, too
+        mark(False)
 
     def end(run, step, lr):
         mark(False)

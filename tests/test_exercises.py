@@ -97,7 +97,8 @@ def test_numbers_in_the_text_are_those_of_the_runs(number):
         accuracy.append(records[name]["metrics"][-1]["test_accuracy"])
     assert accuracy and result["accuracy"] == accuracy
     section = re.split(r"^## \d+\. ", TEXT, flags=re.MULTILINE)[1 + list(EXERCISES).index(number)]
-    assert re.search(rf"</summary>\n\n{re.escape(format_mean_std(result))}%", section)
+    mean_std = re.sub(r" \((\d+)\)%$", r"% (\1 seeds)", f"{format_mean_std(result)}%")
+    assert f"</summary>\n\n{mean_std}" in section
     for words in re.findall(r"mean gate ([\d.]+)", section):
         assert words == f"{result['mean_gate']:.2f}"
 
@@ -169,7 +170,7 @@ def test_killed_exercises_are_resumed(tree, tmp_path, monkeypatch, capsys):
 
     for number, epochs, message in (
         (2, 2, "exercises.md has the exercises 0, 1"),
-        (1, 3, "0_seed=0 was trained with other flags or another diff; delete its line in "),
+        (1, 3, "0_seed=0 was trained with different flags or a different diff; delete its line in "),
     ):
         Path("exercises.md").write_text(TINY.format(epochs=epochs))
         monkeypatch.setattr(sys, "argv", ["exercises.py", str(number)])

@@ -361,6 +361,7 @@ def test_missing_and_mismatched_folders_get_one_sentence(imagenet, tmp_path):
 
     nothing = error_of("--data-dir", tmp_path / "nothing")
     assert all(hint in nothing for hint in ("train/WNID", "val/WNID", "--dataset patterns", "train_cifar.py"))
+    assert "leaves no training images" in error_of("--data-dir", imagenet, "--val-fraction", "1")
     (imagenet / "val" / "green").rename(imagenet / "val" / "yellow")
     assert "has classes that are missing from" in (odd := error_of("--data-dir", imagenet)) and "yellow" in odd
     assert not (tmp_path / "run").exists()

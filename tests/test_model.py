@@ -285,7 +285,7 @@ def test_float64_is_float64_throughout():
     assert torch.autograd.gradcheck(output, torch.randn(9, 3, dtype=torch.float64, requires_grad=True))
 
 
-def test_half_precision_at_another_size():
+def test_half_precision_at_a_different_size():
     model, images = perturb(ConViT(small_config())), torch.randn(1, 3, 12, 36)
     with torch.no_grad():
         expected = model(images)

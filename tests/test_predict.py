@@ -14,7 +14,7 @@ from PIL import Image
 
 from analysis import plot_attention
 from convit_min import create_model
-from images import normalize
+from images import default_crop_pct, normalize
 from predict import predict
 from training.checkpoint import save_weights
 from training.data import decode, load_datasets
@@ -77,7 +77,7 @@ def test_phone_photos_are_upright_on_every_path(demo, photo, tmp_path):
 
 
 @pytest.mark.parametrize("size", [32, 96])
-def test_one_preprocessing(size, photo, tmp_path):
+def test_all_paths_preprocess_identically(size, photo, tmp_path):
     """Scripts, predict, and page see the same pixels: all of the center up to 64 pixels, 7/8 of it above."""
     for split in ("train", "test"):
         for name in ("a", "b"):
@@ -86,7 +86,7 @@ def test_one_preprocessing(size, photo, tmp_path):
     file = tmp_path / "test" / "a" / "photo.png"
     model = perturb(create_model("convit_cifar_nano", num_classes=2, img_size=size))
     (tmp_path / "run" / "snapshots").mkdir(parents=True)
-    save_weights(model, ["a", "b"], 1, tmp_path / "run" / "snapshots" / "epoch_0001.pt")
+    save_weights(model, ["a", "b"], default_crop_pct(size, size), 1, tmp_path / "run" / "snapshots" / "epoch_0001.pt")
     _, test = load_datasets("folder", str(tmp_path), size, torch.device("cpu"))
     streamed = ImageFolderDataset([file], torch.zeros(1), size).read(file)
     assert torch.equal(test.images[0], streamed)
@@ -138,7 +138,13 @@ def test_plot_attention(demo, photo):
     single = plot_attention(demo, photo, layer=7, head=9, query=(0, 7))  # self-attention, with a class token
     assert [axes.get_title().split(",")[0] for axes in single.axes[1:]] == ["content", "mixed"]
     assert single.axes[1].images[0].get_array().shape == (8, 8)
-    for arguments, message in (({"layer": 8}, "layer 8"), ({"layer": 1, "head": 10}, "head 10"),
-                               ({"layer": 1, "query": (8, 0)}, "row 8"), ({"layer": 0}, "layer 0")):  # fmt: skip
+    wrong = [
+        ({"layer": 8}, "layer 8"),
+        ({"layer": 0}, "layer 0"),
+        ({"layer": 1, "head": 0}, "head 0"),
+        ({"layer": 1, "head": 10}, "head 10"),
+        ({"layer": 1, "query": (8, 0)}, "row 8"),
+    ]
+    for arguments, message in wrong:
         with pytest.raises(ValueError, match=f"{message} is out of range"):
             plot_attention(demo, photo, **arguments)

@@ -245,7 +245,7 @@ def test_append_is_atomic(tmp_path):
     assert len(names) == len(expected) and set(names) == expected
 
 
-def test_identity_of_a_run(tmp_path):
+def test_sweep_ignores_location_flags_when_matching_runs(tmp_path):
     config = {"lr": 1e-3, "seed": 0, "data_dir": "data/cifar10", "run": "old", "device": "cpu", "workers": 2}
     record = {"name": "a", "config": config, "provenance": [], "metrics": [], "definition": "--gate-init 0\n-old\n"}
     stored = Sweep(tmp_path / "runs.jsonl", tmp_path)
@@ -256,12 +256,12 @@ def test_identity_of_a_run(tmp_path):
     assert stored.missing([RunSpec("a", [], {}, record["definition"]), other]) == [other]
     with pytest.raises(UserError, match=r"^a has --lr 0.001, not 0.002; delete its line in .*runs.jsonl to train it"):
         stored.missing([RunSpec("a", [], config | {"lr": 2e-3}, record["definition"])])
-    with pytest.raises(UserError, match=r"^a was trained with other flags or another diff; delete its line in "):
+    with pytest.raises(UserError, match=r"^a was trained with different flags or a different diff; delete its "):
         stored.missing([RunSpec("a", [], config, "--gate-init 0\n-new\n")])
 
 
-@pytest.mark.parametrize("change", [{"config": {"lr": 2e-3}}, {"definition": "another diff"}])
-def test_unfinished_run_with_another_config_is_not_resumed(tmp_path, change):
+@pytest.mark.parametrize("change", [{"config": {"lr": 2e-3}}, {"definition": "a different diff"}])
+def test_unfinished_run_with_a_different_config_is_not_resumed(tmp_path, change):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.json").write_text('{"lr": 0.001}')
     (tmp_path / "a" / "last.pt").touch()
@@ -290,7 +290,7 @@ def test_all_runs_have_the_same_number_of_steps_and_their_provenance(uninterrupt
 
 
 def test_migration_of_an_old_run(tmp_path):
-    """Every name is today's, every value is kept, and a migrated record stays as it is."""
+    """All names are current, all values are kept, and a migrated record is unchanged."""
     command = (
         "python train_cifar.py --hold-out=0.1 --no-flip --shift 0 --epoch-steps=3 --run=runs/x_hold-out=0.1_no-flip"
     )
@@ -507,7 +507,7 @@ def test_masking_matches_the_reference(tree, run_command, tmp_path):
         return 100 * (reference.argmax(1) == labels).float().mean().item()
 
     (tmp_path / "run/snapshots").mkdir(parents=True)
-    save_weights(model, ["bright", "dark"], 3, tmp_path / "run/snapshots/epoch_0003.pt")
+    save_weights(model, ["bright", "dark"], 1.0, 3, tmp_path / "run/snapshots/epoch_0003.pt")
     assert run_command("masking", "--run", tmp_path / "run", "--data-dir", tree) == ""
     record = json.loads(Path("results/reproduce/masking.json").read_text())
     assert record["position_embedding_masked"] == pytest.approx(expected(pos_embed=True))

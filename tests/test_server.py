@@ -41,7 +41,7 @@ def add_epoch(run: Path, model: ConViT, epoch: int):
     with open(run / "metrics.jsonl", "a") as file:
         line = json.dumps(record | ({"train_loss": 1.1} if epoch else {}))
         file.write(line.replace("NaN", "null") + "\n")
-    save_weights(model, CLASSES, epoch, run / "snapshots" / f"epoch_{epoch:04d}.pt")
+    save_weights(model, CLASSES, 1.0, epoch, run / "snapshots" / f"epoch_{epoch:04d}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_server_survives_hostile_files(server, oblong):
     before = memory(pid)
 
     def send(file: bytes) -> dict:
-        return call("prepare_image", {"run": "", "file": base64.b64encode(file).decode()})
+        return call("prepare_image", {"session": "", "file": base64.b64encode(file).decode()})
 
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(send, files))
@@ -211,20 +211,21 @@ def test_server_survives_hostile_files(server, oblong):
 def test_invalid_requests_return_one_sentence(server):
     call = server_function(server)
     pixels = base64.b64encode(bytes(32 * 48 * 3)).decode()
-    valid = {"run": "", "pixels": pixels, "layer": 1, "snapshot": 1, "query": 3, "gates": [[0.5] * 6] * 2}
+    valid = {"session": "", "pixels": pixels, "layer": 1, "snapshot": 1, "query": 3, "gates": [[0.5] * 6] * 2}
     assert "predictions" in call("recompute", valid)
     display = "data:image/png;base64," + base64.b64encode(encode(Image.new("RGB", (9, 6)))).decode()
     export = valid | {"animated": False, "display": display, "recomputed": False}
     invalid = [("layer_maps", valid | change) for change in (
         {"layer": 7}, {"layer": -1}, {"layer": 1.0}, {"layer": None}, {"pixels": "%%"}, {"pixels": pixels[:8]},
-        {"pixels": None}, {"run": "../../demo"}, {"run": "nobody"}, {"run": None}, {"run": ["a"]})]  # fmt: skip
+        {"pixels": None}, {"session": "../../demo"}, {"session": "nobody"}, {"session": None},
+        {"session": ["a"]})]  # fmt: skip
     invalid += [("recompute", valid | change) for change in (
         {"gates": [[0.5] * 6]}, {"gates": [[2] * 6] * 2}, {"gates": "x"}, {"gates": [[None] * 6] * 2},
         {"gates": [[float("nan")] * 6] * 2}, {"snapshot": 99}, {"snapshot": "1"})]  # fmt: skip
     invalid += [("export", export | change) for change in (
         {"query": 24}, {"query": -1}, {"display": "x"}, {"display": None}, {"gates": [[0.5]]})]  # fmt: skip
     invalid += [("train", {"session": session, "action": "start"}) for session in ("../x", 3)]
-    invalid += [("prepare_image", {"run": "", "example": "none"}), ("prepare_image", None)]
+    invalid += [("prepare_image", {"session": "", "example": "none"}), ("prepare_image", None)]
     invalid += [("describe", []), ("export", "x")]
     for name, request in invalid:
         answer = call(name, request)

@@ -25,7 +25,7 @@ from convit_min import attend, create_model
 from images import normalize
 from training import checkpoint
 from training.augment import mixup_cutmix, random_crop, random_erasing, random_hflip
-from training.data import CIFAR, ImageSet, epoch_order, load_cifar, load_folder, split_train_val, stratified_subset
+from training.data import CIFAR, epoch_order, load_cifar, load_folder, split_train_val, stratified_subset
 from training.distributed import UserError
 from training.image_folder import random_resized_crop
 from training.optim import ModelEMA, autocast, learning_rate, param_groups
@@ -113,7 +113,7 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
 
     assert "invalid choice: 'convit_nano'" in error_of("--model", "convit_nano")
     assert "--batch-size 8 must be a multiple" in error_of("--grad-accum-steps", "3")
-    assert "not above 0" in error_of("--data-fraction", "0")
+    assert "must be above 0" in error_of("--data-fraction", "0")
     assert "leave one of them out" in error_of("--steps-per-epoch", "3", "--scale-epochs")
     assert "leaves no training images" in error_of("--val-fraction", "1")
     assert "--save-every" in error_of("--save-every", "soon")
@@ -122,7 +122,7 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
     assert "--batch-size 100 exceeds the 24 training images" in error_of("--batch-size", "100")
     assert "unrecognized arguments: --epoch 3; did you mean --epochs?" in error_of("--epoch", "3")
     for flag, value in (("--mixup", "-1"), ("--ema-decay", "1.5"), ("--label-smoothing", "2"), ("--lr", "-0.1")):
-        assert error_of(flag, value).count("\n") == 1 and f"{flag}: '{value}' is not" in error_of(flag, value)
+        assert error_of(flag, value).count("\n") == 1 and f"{flag}: '{value}' must be" in error_of(flag, value)
     assert "at least 1" in error_of("--batch-size", "0")
     assert "invalid float value" in error_of("--lr", "fast")
     assert "cannot be opened" in error_of("--resume")
@@ -130,9 +130,9 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
     (tmp_path / "other.json").write_text('{"leaning_rate": 1}')
     assert "not a config.json" in error_of("--config", tmp_path / "other.json")
     (tmp_path / "other.json").write_text('{"leaning_rate": 1, "epochs": 3, "epoch": 4}')
-    assert "unknown keys: epoch, leaning_rate (nearest: epochs)" in error_of("--config", tmp_path / "other.json")
+    assert "unknown keys: epoch, leaning_rate; did you mean epochs?" in error_of("--config", tmp_path / "other.json")
     (tmp_path / "other.json").write_text('{"epochs": 1.5, "lr": 0.1}')
-    assert "'1.5' is not an integer" in error_of("--config", tmp_path / "other.json")
+    assert "'1.5' must be an integer" in error_of("--config", tmp_path / "other.json")
     (tmp_path / "other.json").write_text('{"shift": 4, "flip": true}')
     assert "(--shift is now --crop-padding, --flip is now --hflip)" in error_of("--config", tmp_path / "other.json")
     (tmp_path / "file").write_text("")
@@ -155,6 +155,9 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
     assert not run.exists()
 
     run.mkdir()
+    (run / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    assert "contains a run without its last.pt" in error_of()
+    (run / "metrics.jsonl").unlink()
     (run / "last.pt").write_text("precious")
     for split in ("train/blue", "test/yellow"):
         (tmp_path / split.replace("/", "_")).rename(tree / split.replace("yellow", "blue"))
@@ -176,6 +179,24 @@ def test_only_a_torchrun_restart_resumes_without_the_flag(tree, tmp_path, monkey
     assert "already contains a run" in error_of(*flags)
 
 
+def test_fine_tuned_run_is_evaluated_with_its_own_weights(tree, tmp_path, monkeypatch, capsys):
+    """Not with those that it started from, which are a flag in its config.json."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["train_cifar.py", "--data-dir", str(tree), *flags])
+        train_cifar.main()
+
+    run("--run", str(tmp_path / "first"), *QUICK)
+    run(
+        "--run", str(tmp_path / "second"), *QUICK, "--weights", str(tmp_path / "first"), "--lr", "0.01", "--epochs", "4"
+    )
+    capsys.readouterr()
+    run("--run", str(tmp_path / "second"), "--eval")
+    best = max(record["test_accuracy"] for record in read_metrics(tmp_path / "second"))
+    output = capsys.readouterr().out
+    assert f"test_accuracy {best:.3f}" in output and f"{tmp_path / 'second'}/best.pt" in output
+
+
 def test_bugs_keep_their_traceback(tree, tmp_path, monkeypatch):
     def buggy(*_):
         raise ValueError("a bug")
@@ -190,12 +211,12 @@ def test_bugs_keep_their_traceback(tree, tmp_path, monkeypatch):
 
 def test_diverging_loss_stops_the_run(tree, tmp_path, error_of):
     message = error_of("--data-dir", tree, "--run", tmp_path / "run", *QUICK, "--lr", "1e30", "--save-every", "1")
-    assert re.search(r"no longer finite at step \d+, learning rate .*lower --lr.*last.pt is from before", message)
+    assert re.search(r"no longer finite at step \d+, learning rate .*lower --lr.*last.pt predates", message)
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_crop_and_flip_draw_per_image():
+def test_random_crop_and_hflip_are_sampled_per_image():
     images = torch.randint(1, 256, (200, 3, 6, 5), dtype=torch.uint8)
     augmented = random_hflip(random_crop(images, 2))
     assert augmented.dtype == torch.uint8
@@ -273,14 +294,11 @@ def test_epochs_of_any_length_are_slices_of_the_passes():
 
 def test_validation_split_is_stratified_and_disjoint():
     labels = torch.tensor([0] * 100 + [1] * 40)[torch.randperm(140)]
-    images = ImageSet(torch.arange(140, dtype=torch.uint8)[:, None, None, None], labels, ["a", "b"])
-    train, held_back = split_train_val(images, 0.1, seed=1)
-    assert held_back.labels.bincount().tolist() == [10, 4] and len(train.labels) == 126
-    assert sorted([*train.images.flatten().tolist(), *held_back.images.flatten().tolist()]) == list(range(140))
-    for part in (train, held_back):
-        assert torch.equal(part.labels, labels[part.images.flatten().long()])
+    train, val = split_train_val(labels, 0.1, seed=1)
+    assert labels[val].bincount().tolist() == [10, 4] and len(train) == 126
+    assert sorted([*train.tolist(), *val.tolist()]) == list(range(140))
     with pytest.raises(UserError, match="leaves no training images"):
-        split_train_val(images, 1.0, seed=1)
+        split_train_val(labels, 1.0, seed=1)
 
 
 def test_pattern_labels_follow_from_the_pixels():

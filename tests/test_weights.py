@@ -68,7 +68,7 @@ def test_open_model_infers_the_size_or_says_that_it_is_unknown(tmp_path):
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
     opened = open_model(tmp_path / "weights.pt")
     assert not opened.training and same_weights(trained, opened)
-    assert opened.classes[6] == "class 6" and opened.crop == 0.875
+    assert opened.classes[6] == "class 6" and opened.crop_pct == 0.875
     torch.save(ConViT(CONFIG).state_dict(), tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="does not match any model"):
         open_model(tmp_path / "odd.pt")

@@ -16,7 +16,6 @@ import torch
 import torchvision
 
 from convit_min import ConViT
-from images import default_crop
 from training.distributed import UserError, world_size
 
 START_TIME = datetime.now(timezone.utc)
@@ -29,27 +28,34 @@ def save(record: dict, file: Path):
     """
     partial = file.with_suffix(".tmp")
     try:
-        with open(partial, "wb") as stream:
-            torch.save(record, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with open(partial, "wb") as output:
+            torch.save(record, output)
+            output.flush()
+            os.fsync(output.fileno())
         os.replace(partial, file)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
         partial.unlink(missing_ok=True)
-        raise UserError(
-            f"{file} cannot be saved ({error}): the previous checkpoint is intact; free disk space, then --resume"
-        ) from error
+        advice = f"free disk space, then {rerun(file.parent)}"
+        intact = "the previous one is intact; " if file.exists() else ""
+        raise UserError(f"{file} cannot be saved ({error}): {intact}{advice}") from error
 
 
-def load(file: Path, device: torch.device) -> dict:
-    """torch.load of a checkpoint, after verifying its checksums. Raises UserError if it is missing or damaged."""
+def rerun(run_dir: Path) -> str:
+    """How to continue a run after a failure."""
+    return "rerun with --resume" if (run_dir / "last.pt").exists() else "rerun"
+
+
+def load(file: Path) -> dict:
+    """torch.load of a checkpoint, to the CPU, after verifying its checksums. Raises UserError if that fails."""
     if not file.exists():
         raise UserError(f"{file.parent} contains no run to resume; omit --resume to start one")
     try:
         with zipfile.ZipFile(file) as archive:
             if archive.testzip():  # torch.load does not verify checksums
                 raise ValueError("wrong checksum")
-        return torch.load(file, map_location=device, weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
     except Exception as error:  # unpickling a damaged file raises nearly any exception
         raise UserError(
             f"{file} is damaged, or was not written by this script, and was not loaded; to restart from the best "
@@ -57,16 +63,15 @@ def load(file: Path, device: torch.device) -> dict:
         ) from error
 
 
-def save_weights(model: ConViT, classes: list[str], epoch: int, file: Path, half: bool = False):
+def save_weights(model: ConViT, classes: list[str], crop_pct: float, epoch: int, file: Path, half: bool = False):
     """Write weights (in half precision if `half`) with everything that `weights.open_model` needs."""
     state = {key: (value.half() if half else value).cpu() for key, value in model.state_dict().items()}
-    save({"model": state, "epoch": epoch} | description(model, classes), file)
+    save({"model": state, "epoch": epoch} | model_metadata(model, classes, crop_pct), file)
 
 
-def description(model: ConViT, classes: list[str]) -> dict:
-    """What `weights.open_model` needs beside the weights; `crop` is the fraction of an image's sides evaluated on."""
-    crop = default_crop(*model.config.image_shape)
-    return {"model_config": dataclasses.asdict(model.config), "classes": classes, "crop": crop}
+def model_metadata(model: ConViT, classes: list[str], crop_pct: float) -> dict:
+    """What `weights.open_model` needs in addition to the weights."""
+    return {"model_config": dataclasses.asdict(model.config), "classes": classes, "crop_pct": crop_pct}
 
 
 def write_text(file: Path, text: str):
@@ -134,7 +139,7 @@ def cpu_model() -> str:
         return platform.processor()
 
 
-def record_cost(run_dir: Path, images_per_second: float):
+def record_duration(run_dir: Path, images_per_second: float):
     """Add the wall-clock time of this process so far, and the training speed of its last epoch, to provenance.json."""
     file = run_dir / "provenance.json"
     *earlier, entry = json.loads(file.read_text())
@@ -143,7 +148,7 @@ def record_cost(run_dir: Path, images_per_second: float):
     write_text(file, json.dumps([*earlier, entry], indent=2) + "\n")
 
 
-def nested_list(tensor: torch.Tensor) -> list:
+def to_json_list(tensor: torch.Tensor) -> list:
     """A tensor as JSON can represent it: rounded to four digits, null for NaN."""
 
     def convert(value):

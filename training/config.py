@@ -19,16 +19,16 @@ import torch
 
 from convit_min import MODELS, ConViT, ConViTConfig, create_model
 from training.distributed import UserError, print0, world_size
-from weights import list_names, load_weights
+from weights import HeadWarning, list_names, load_weights
 
 ConfigType = TypeVar("ConfigType")
 
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CORES = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # available to each process of this machine
 
-# flags that may change on --resume: they set where and how fast a run trains, or how long
-CHANGEABLE = {"data_dir", "run", "resume", "eval", "weights", "device", "compile", "workers", "save_every"}
-CHANGEABLE |= {"tensorboard", "skip_bad_images", "epochs", "lr"}
+# flags that may change on --resume
+CHANGEABLE_ON_RESUME = {"data_dir", "run", "resume", "eval", "weights", "device", "compile", "workers", "save_every"}
+CHANGEABLE_ON_RESUME |= {"tensorboard", "skip_bad_images", "epochs", "lr", "grad_accum_steps"}
 RENAMED_FLAGS = {  # old name in a run folder -> new name
     "shift": "crop_padding",
     "flip": "hflip",
@@ -50,19 +50,19 @@ def int_at_least(minimum: int):
 
     def integer(text: str) -> int:
         if not text.isdigit() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {minimum}")
+            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {minimum}")
         return int(text)
 
     return integer
 
 
-def number(minimum: float, maximum: float = math.inf):
+def float_between(minimum: float, maximum: float = math.inf):
     """An argparse type: a number from `minimum` to `maximum`."""
 
     def in_range(text: str) -> float:
         if not minimum <= float(text) <= maximum:
             limit = "" if maximum == math.inf else f" and at most {maximum:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not at least {minimum:g}{limit}")
+            raise argparse.ArgumentTypeError(f"{text!r} must be at least {minimum:g}{limit}")
         return float(text)
 
     in_range.__name__ = "float"  # for the message about text that is no number
@@ -72,7 +72,7 @@ def number(minimum: float, maximum: float = math.inf):
 def fraction(text: str) -> float:
     """An argparse type: a number above 0 and at most 1."""
     if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and at most 1")
     return float(text)
 
 
@@ -91,23 +91,23 @@ class RunConfig:
     data_fraction: float = flag(1.0, "fraction of every class to train on, drawn with --seed", type=fraction)
     scale_epochs: bool = flag(False, "multiply the epochs by 1 / --data-fraction: as many steps as on all data")
     val_fraction: float | None = flag(
-        None, "evaluate on this fraction of the training set, split off, instead of the test set", type=fraction
+        None, "hold out this fraction of the training set, and evaluate on it instead of the test set", type=fraction
     )
     # model
     model: str = flag("convit_tiny", "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
     weights: str | None = flag(
-        None, "initialize from a file or released model; the head is replaced if class counts differ"
+        None, "initialize from a run, file, or released model; the classifier is new if class counts differ"
     )
     img_size: int | None = flag(None, "image size in pixels (default: the model's)", type=int_at_least(1))
     patch_size: int | None = flag(None, "patch size in pixels (default: the model's)", type=int_at_least(1))
     gpsa_layers: int | None = flag(None, "number of GPSA blocks (default: the model's)", type=int_at_least(0))
-    locality_strength: float = flag(1.0, "alpha of the convolutional initialization", type=number(0))
+    locality_strength: float = flag(1.0, "alpha of the convolutional initialization", type=float_between(0))
     conv_init: bool = flag(True, "initialize GPSA as a convolution")
     gating: str = flag("learned", "frozen keeps the gates at --gate-init", choices=["learned", "frozen"])
     gate_init: float = flag(1.0, "initial gates, as logits: 1 gives 0.73, 0 gives 0.5")
     freeze_gpsa: bool = flag(False, "freeze the attention of GPSA: qk, v, positions, and gates")
     pool: str = flag("token", "classify from the class token or the mean of patch tokens", choices=["token", "mean"])
-    drop_path: float = flag(0.0, "stochastic depth rate of the last block", type=number(0, 1))
+    drop_path: float = flag(0.0, "stochastic depth rate of the last block", type=float_between(0, 1))
     # optimization
     epochs: int = flag(300, "number of epochs", type=int_at_least(1))
     steps_per_epoch: int | None = flag(
@@ -115,12 +115,12 @@ class RunConfig:
     )
     batch_size: int = flag(512, "global batch size, over all processes", type=int_at_least(1))
     grad_accum_steps: int = flag(1, "gradient accumulation: micro-batches per step", type=int_at_least(1))
-    warmup_epochs: float = flag(5.0, "linear warm-up", type=number(0))
-    clip_grad: float = flag(0.0, "max gradient norm (0: off)", type=number(0))
+    warmup_epochs: float = flag(5.0, "epochs of linear warm-up", type=float_between(0))
+    clip_grad: float = flag(0.0, "max gradient norm (0: off)", type=float_between(0))
     hflip: bool = flag(True, "random horizontal flip; turn it off for digits or letters")
     mixup_off_epochs: int = flag(0, "final epochs without mixup and cutmix", type=int_at_least(0))
     # execution
-    seed: int = flag(0, "of the initial weights, the order of images, and augmentation")
+    seed: int = flag(0, "random seed of the weights, the data order, and augmentation")
     amp: str = flag(
         "off", "mixed precision; without a value: bf16", nargs="?", const="bf16", choices=["off", "bf16", "fp16"]
     )
@@ -172,7 +172,7 @@ class RunConfig:
     def check_same_run(self, saved: dict):
         """Raise UserError if a flag differs from the saved run and may not change on --resume."""
         for name, value in vars(self).items():
-            if name not in CHANGEABLE and value != saved.get(name):
+            if name not in CHANGEABLE_ON_RESUME and value != saved.get(name):
                 flag_name = "--" + name.replace("_", "-")
                 raise UserError(
                     f"the run has {flag_name} {saved.get(name)}, not {value}: omit the flag, or choose another --run"
@@ -189,11 +189,11 @@ def build_model(config: RunConfig, num_classes: int) -> ConViT:
         raise UserError(str(error)) from error
     if config.weights and (config.eval or not config.resume):
         with warnings.catch_warnings():
-            if config.eval:  # a replaced head is fine for training, but useless for evaluation
-                warnings.simplefilter("error", UserWarning)
+            if config.eval:  # a new classifier is fine for training, but useless for evaluation
+                warnings.simplefilter("error", HeadWarning)
             try:
                 load_weights(model, config.weights)
-            except UserWarning as warning:
+            except HeadWarning as warning:
                 raise UserError(f"--eval needs weights with the same classes: {warning}") from warning
             except (ValueError, OSError) as error:
                 raise UserError(str(error)) from error
@@ -225,10 +225,11 @@ def parse_flags(config_class: type[ConfigType], description: str) -> ConfigType:
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
 
     args = parser.parse_args()
-    of_run = args.resume or (args.eval and not args.weights)  # then the flags are those of the run in --run
-    file = args.config or (Path(args.run) / "config.json" if of_run else None)
+    use_saved_config = args.resume or (args.eval and not args.weights)
+    file = args.config or (Path(args.run) / "config.json" if use_saved_config else None)
     if file:
-        args = parser.parse_args([*_read_flags(parser, config_class, file), *sys.argv[1:]])  # validated like typed ones
+        saved_flags = _read_flags(parser, config_class, file, exclude_weights=args.eval)
+        args = parser.parse_args([*saved_flags, *sys.argv[1:]])  # validated like typed ones
     values = vars(args)
     del values["config"]
     return config_class(**values)
@@ -246,8 +247,13 @@ def as_flags(values: dict) -> list[str]:
     return flags
 
 
-def _read_flags(parser: argparse.ArgumentParser, config_class: type, file: str | Path) -> list[str]:
-    """The flags in a config.json, except those of one invocation (--run, --resume, --eval) or of a machine."""
+def _read_flags(
+    parser: argparse.ArgumentParser, config_class: type, file: str | Path, exclude_weights: bool
+) -> list[str]:
+    """The flags in a config.json, except those of one invocation (--run, --resume, --eval) or of a machine.
+
+    To evaluate a run, exclude also the weights that it started from.
+    """
     try:
         values = json.loads(Path(file).read_text())
     except OSError as error:
@@ -260,14 +266,14 @@ def _read_flags(parser: argparse.ArgumentParser, config_class: type, file: str |
             f"--{name} is now --{RENAMED_FLAGS[name]}".replace("_", "-") for name in RENAMED_FLAGS if name in old
         )
         parser.error(
-            f"{file} is of an older version ({renamed}): start a new run with the new flags, for example from its "
-            "best.pt with --weights"
+            f"{file} was written by an older version ({renamed}): start a new run with the new flags, for example from "
+            "its best.pt with --weights"
         )
     if not isinstance(values, dict) or not values.keys() & names:
         parser.error(f"{file} is not a config.json of this script")
     if unknown := values.keys() - names:
-        parser.error(f"{file} has unknown keys: {list_names(unknown)} (nearest: {_nearest(unknown, names)})")
-    excluded = ("run", "resume", "eval", "device", "workers")
+        parser.error(f"{file} has unknown keys: {list_names(unknown)}; did you mean {_nearest(unknown, names)}?")
+    excluded = ("run", "resume", "eval", "device", "workers", *(["weights"] if exclude_weights else []))
     return as_flags({name: value for name, value in values.items() if name not in excluded})
 
 
@@ -287,4 +293,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description as written, and shows the default of every flag."""
+    """Keeps the description as written, and shows the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)

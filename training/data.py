@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from convit_min import MODELS
-from images import center_crop, default_crop, load_image, normalize
+from images import center_crop, default_crop_pct, load_image, normalize
 from training.augment import derive_seed
 from training.distributed import UserError, barrier, local_rank, print0, rank, world_size
 from training.patterns import TEXTURES, patterns
@@ -52,18 +52,19 @@ class InMemoryData:
         img_size = config.img_size or MODELS[config.model].img_size
         train, test = load_datasets(config.dataset, config.data_dir, img_size, device, config.workers)
         if config.val_fraction:
-            train, test = split_train_val(train, config.val_fraction, config.seed)
+            train, test = map(train.select, split_train_val(train.labels.cpu(), config.val_fraction, config.seed))
         if config.data_fraction < 1:
             train = train.select(stratified_subset(train.labels.cpu(), config.data_fraction, config.seed))
         self.config, self.train, self.test = config, train, test
         self.classes, self.num_train = train.classes, len(train.labels)
+        self.crop_pct = default_crop_pct(img_size, img_size) if config.dataset == "folder" else 1.0
         self.sample_images = normalize(test.select(sample_indices(len(test.labels))).images)
-        split = "validation" if config.val_fraction else "test"
-        print0(f"{config.dataset} in {config.data_dir}: {self.num_train} training and {len(test.labels)} {split} "
-               f"images of {len(self.classes)} classes; {config.model}, {device}")  # fmt: skip
+        self.eval_split = "validation" if config.val_fraction else "test"
+        print0(f"{config.dataset} in {config.data_dir}: {self.num_train} training and {len(test.labels)} "
+               f"{self.eval_split} images of {len(self.classes)} classes; {config.model}, {device}")  # fmt: skip
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels in 0..255 (b 3 H W) and labels (b) of this process, for every step of an epoch from the first on."""
+        """Pixels in 0..255 (b 3 H W) and labels (b) of this process, for every step of an epoch from `first_step`."""
         length = self.config.epoch_length(self.num_train)
         order = epoch_order(self.num_train, self.config.seed, epoch, length=length).to(self.train.labels.device)
         for indices in shard_batches(order, self.config.batch_size, first_step):
@@ -142,7 +143,8 @@ def load_folder(root: Path, img_size: int, workers: int = 1) -> tuple[ImageSet, 
     if train.keys() != test.keys():
         unmatched = list_names(train.keys() ^ test.keys())
         raise UserError(f"the training and test sets of {root} must have the same classes; unmatched: {unmatched}")
-    return decode(train, img_size, workers, "train"), decode(test, img_size, workers, "test")
+    crop_pct = default_crop_pct(img_size, img_size)  # for evaluation; training sees all of the center
+    return decode(train, img_size, workers, "train"), decode(test, img_size, workers, "test", crop_pct)
 
 
 def find_splits(root: Path, eval_splits: tuple[str, str] = ("test", "val")) -> tuple[dict, dict]:
@@ -189,13 +191,13 @@ def flatten_tree(tree: dict[str, list[Path]], classes: list[str]) -> tuple[list[
     return files, torch.tensor([label for label, name in enumerate(classes) for _ in tree.get(name, [])])
 
 
-def decode(tree: dict[str, list[Path]], img_size: int, workers: int, split: str) -> ImageSet:
+def decode(tree: dict[str, list[Path]], img_size: int, workers: int, split: str, crop_pct: float = 1.0) -> ImageSet:
     """Decode all images, in parallel, into one uint8 tensor. Raises UserError for a file that is not an image."""
     files, labels = flatten_tree(tree, list(tree))
-    images, crop = torch.empty(len(files), 3, img_size, img_size, dtype=torch.uint8), default_crop(img_size, img_size)
+    images = torch.empty(len(files), 3, img_size, img_size, dtype=torch.uint8)
 
     def read(index: int):
-        images[index] = to_tensor(center_crop(load_image(files[index]), img_size, img_size, crop))
+        images[index] = to_tensor(center_crop(load_image(files[index]), img_size, img_size, crop_pct))
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:  # Pillow releases the GIL while it decodes
         results = pool.map(read, range(len(files)))
@@ -204,7 +206,7 @@ def decode(tree: dict[str, list[Path]], img_size: int, workers: int, split: str)
                 pass
         except ValueError as error:
             pool.shutdown(cancel_futures=True)
-            raise UserError(str(error)) from error
+            raise UserError(f"{error}; repair or remove it") from error
     return ImageSet(images, labels, list(tree))
 
 
@@ -215,29 +217,34 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     """Sorted indices of a random fraction of every class, at least one image each."""
+    if fraction == 1:
+        return torch.arange(len(labels))
     generator = torch.Generator().manual_seed(derive_seed(seed, "subset"))
     order = torch.randperm(len(labels), generator=generator)
-    selected = []
+    shuffled_labels, selected = labels[order], []
     for label in labels.unique().tolist():
-        of_class = order[labels[order] == label]
-        selected.append(of_class[: max(round(fraction * len(of_class)), 1)])
+        class_indices = order[shuffled_labels == label]
+        selected.append(class_indices[: max(round(fraction * len(class_indices)), 1)])
     return torch.cat(selected).sort().values
 
 
-def split_train_val(image_set: ImageSet, val_fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Split off a random fraction of every class for validation. Raises UserError if no training image is left."""
-    is_val = torch.zeros(len(image_set.labels), dtype=torch.bool)
-    is_val[stratified_subset(image_set.labels.cpu(), val_fraction, seed)] = True
+def split_train_val(labels: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Sorted indices for training, and of a random fraction of every class for validation.
+
+    Raises UserError if no training image is left.
+    """
+    is_val = torch.zeros(len(labels), dtype=torch.bool)
+    is_val[stratified_subset(labels, val_fraction, seed)] = True
     if is_val.all():
         raise UserError(f"--val-fraction {val_fraction:g} leaves no training images: lower it")
-    return image_set.select(~is_val), image_set.select(is_val)
+    return (~is_val).nonzero()[:, 0], is_val.nonzero()[:, 0]
 
 
 def epoch_order(num_train: int, seed: int, epoch: int, repeats: int = 1, length: int | None = None) -> Tensor:
     """Indices of the training images in the order of an epoch.
 
-    An epoch is one pass over all images; with repeats, each selected image appears that often in a row, in place of
-    others. With another `length`, epochs are consecutive slices of the sequence of all passes.
+    An epoch is one pass over all images; with `repeats`, an image appears that many times in a row, so an epoch has
+    fewer distinct images. With another `length`, epochs are consecutive slices of the sequence of all passes.
     The order depends neither on the number of processes nor on whether a run was resumed.
     """
     length = length or num_train

@@ -20,6 +20,10 @@ class UserError(Exception):
     status = 1  # of the process that ends with it
 
 
+class RankError(UserError):
+    """A UserError that a single rank raises, while the others go on."""
+
+
 class Stopped(UserError):
     """A signal stopped training, and its state was saved."""
 
@@ -61,7 +65,7 @@ def init(device_type: str) -> torch.device:
     """
     if device_type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch finds no CUDA device on this machine")
+            raise UserError("--device cuda: PyTorch finds no CUDA device on this machine; use --device cpu")
         if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             raise UserError(f"torchrun's --nproc-per-node exceeds the {torch.cuda.device_count()} GPUs of this machine")
         torch.cuda.set_device(local_rank())
@@ -79,15 +83,15 @@ def print0(message: str):
 
 
 def abort(error: UserError | torch.OutOfMemoryError) -> NoReturn:
-    """Print an error once per machine, kill data workers, and exit."""
+    """Print an error, once per machine if all ranks raise it, kill data workers, and exit."""
     if isinstance(error, torch.OutOfMemoryError):
-        error = UserError(f"raise --grad-accum-steps, or lower --batch-size: {error}")
-    if local_rank() == 0:
+        error = RankError(f"raise --grad-accum-steps, or lower --batch-size: {error}")
+    if local_rank() == 0 or isinstance(error, RankError):
         print(f"\n{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader reports the workers killed below
     for worker in multiprocessing.active_children():
         worker.kill()  # SIGTERM would be deferred, see image_folder.py
-    if dist.is_initialized():  # at once: leaving the group would wait for the other ranks, perhaps for ever
+    if dist.is_initialized():  # at once: leaving the group could wait for other ranks forever
         os._exit(error.status)
     sys.exit(error.status)
 

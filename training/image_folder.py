@@ -15,8 +15,9 @@ from torchvision.transforms import RandAugment, RandomResizedCrop
 from tqdm import tqdm
 
 from convit_min import MODELS
-from images import center_crop, default_crop, load_image, normalize
+from images import center_crop, default_crop_pct, load_image, normalize
 from training.augment import derive_seed
+from training.checkpoint import rerun
 from training.data import (
     epoch_order,
     find_images,
@@ -24,10 +25,11 @@ from training.data import (
     flatten_tree,
     sample_indices,
     shard_batches,
+    split_train_val,
     stratified_subset,
     to_tensor,
 )
-from training.distributed import UserError, from_rank0, print0, rank, world_size
+from training.distributed import RankError, UserError, from_rank0, print0, rank, world_size
 
 ORIENTATION = 0x0112  # EXIF tag
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a damaged file
@@ -68,7 +70,8 @@ class ImageFolderDataset(Dataset):
     def read(self, file: Path) -> Tensor:
         """Decode a file and crop it for training or evaluation. Raises one of UNREADABLE for a damaged file."""
         if self.rand_augment is None:
-            return to_tensor(center_crop(load_image(file), self.size, self.size, default_crop(self.size, self.size)))
+            crop_pct = default_crop_pct(self.size, self.size)
+            return to_tensor(center_crop(load_image(file), self.size, self.size, crop_pct))
         image = random_resized_crop(file, self.size)
         if self.rand_augment > 0:  # bins 0..10, so that 9 is the m9 of DeiT's recipe
             image = RandAugment(2, self.rand_augment, num_magnitude_bins=11)(image)
@@ -81,31 +84,32 @@ class StreamedData:
     def __init__(self, config, device: torch.device):
         """Raises UserError, saying what to do, if folders are missing or unusable."""
         size = config.img_size or MODELS[config.model].img_size
-        train, test = from_rank0(find_imagenet, Path(config.data_dir), config.eval)
+        val_suffices = config.eval and not config.val_fraction
+        train, test = from_rank0(find_imagenet, Path(config.data_dir), val_suffices)
         self.config, self.device, self.classes = config, device, list(train)
         self.train = ImageFolderDataset(*flatten_tree(train, self.classes), size, config.rand_augment)
         self.test = ImageFolderDataset(*flatten_tree(test, self.classes), size)
         labels, indices = self.train.labels, torch.arange(len(self.train))
         if config.val_fraction:
-            is_val = torch.zeros(len(labels), dtype=torch.bool)
-            is_val[stratified_subset(labels, config.val_fraction, config.seed)] = True
-            val_files = [self.train.path(index) for index in indices[is_val].tolist()]
-            self.test, indices = ImageFolderDataset(val_files, labels[is_val], size), indices[~is_val]
+            indices, val_indices = split_train_val(labels, config.val_fraction, config.seed)
+            val_files = [self.train.path(index) for index in val_indices.tolist()]
+            self.test = ImageFolderDataset(val_files, labels[val_indices], size)
         self.train_indices = indices[stratified_subset(labels[indices], config.data_fraction, config.seed)]
-        self.num_train = len(self.train_indices)
+        self.num_train, self.eval_split = len(self.train_indices), "validation"
+        self.crop_pct = default_crop_pct(size, size)
         samples = [self.test[index, 0][0] for index in sample_indices(len(self.test)).tolist()]
         self.sample_images = normalize(torch.stack(samples).to(device))
         print0(f"{config.dataset} in {config.data_dir}: {self.num_train} training and {len(self.test)} validation "
                f"images of {len(self.classes)} classes; {config.model}, {device}")  # fmt: skip
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels in 0..255 (b 3 H W) and labels (b) of this process, for every step of an epoch from the first on."""
+        """Pixels in 0..255 (b 3 H W) and labels (b) of this process, for every step of an epoch from `first_step`."""
         config, length = self.config, self.config.epoch_length(self.num_train)
         order = epoch_order(self.num_train, config.seed, epoch, config.aug_repeats, length)
         indices, seed = self.train_indices[order].tolist(), derive_seed(config.seed, "images", epoch)
         shards = shard_batches(torch.arange(length), config.batch_size, first_step)
         batches = [[(indices[position], seed + position) for position in shard.tolist()] for shard in shards]
-        return self._load(self.train, batches, config.skip_bad_images)
+        yield from self._load(self.train, batches, config.skip_bad_images)
 
     def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All evaluation images once, over all processes."""
@@ -123,21 +127,20 @@ class StreamedData:
         for images, labels, errors in loader:
             for error in filter(None, errors):
                 if not skip_bad:
-                    raise UserError(
-                        f"{error}: repair or remove it (or, in training, add --skip-bad-images), then --resume"
-                    )
+                    advice = "repair it, or add --skip-bad-images" if dataset is self.train else "repair or remove it"
+                    raise RankError(f"{error}: {advice}, then {rerun(Path(self.config.run))}")
                 tqdm.write(f"{error}; the next one replaces it")
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
-def find_imagenet(root: Path, evaluating: bool) -> tuple[dict, dict]:
-    """Image files by class in train/ and val/ (or test/). To evaluate, val/ suffices, and then stands for both.
+def find_imagenet(root: Path, val_suffices: bool) -> tuple[dict, dict]:
+    """Image files by class in train/ and val/ (or test/); if `val_suffices`, val/ stands in for a missing train/.
 
     Raises UserError, saying what to do, if the folders are missing or unusable.
     """
     if (root / "train").is_dir():
         return find_splits(root, eval_splits=("val", "test"))
-    if evaluating and (root / "val").is_dir():
+    if val_suffices and (root / "val").is_dir():
         val = find_images(root / "val")
         return val, val
     raise UserError(
@@ -168,10 +171,10 @@ def decode_crop(file: Path, size: int) -> tuple[Image.Image, tuple[float, float,
 
 
 def _defer_signals(_):
-    """Workers ignore SIGINT and delay SIGTERM by 10 s, so that the main process can finish and save its step."""
+    """Workers ignore SIGINT and delay SIGTERM by 60 s, so that the main process can finish and save its step."""
 
     def terminate_later(number: int, _):
-        signal.alarm(10)
+        signal.alarm(60)
         signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -7,15 +7,15 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure, SubFigure
 
 
-def plot_run(metrics: list[dict], run_dir: Path, uniform_non_locality: float):
+def plot_run(metrics: list[dict], run_dir: Path, uniform_non_locality: float, eval_split: str = "test"):
     """Write all three plots into the run folder."""
-    plot_curves(metrics).savefig(run_dir / "curves.png", dpi=120)
+    plot_curves(metrics, eval_split).savefig(run_dir / "curves.png", dpi=120)
     if np.isfinite(_stack(metrics, "gate")).any():
         plot_gates(metrics).savefig(run_dir / "gates.png", dpi=120)
     plot_non_locality(metrics, uniform_non_locality).savefig(run_dir / "nonlocality.png", dpi=120)
 
 
-def plot_curves(metrics: list[dict]) -> Figure:
+def plot_curves(metrics: list[dict], eval_split: str = "test") -> Figure:
     """Loss and accuracy over epochs."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
@@ -23,11 +23,11 @@ def plot_curves(metrics: list[dict]) -> Figure:
     loss.plot(
         epochs[1:], [record["train_loss"] for record in metrics[1:]], label="training (augmented, smoothed labels)"
     )
-    loss.plot(epochs, [record["test_loss"] for record in metrics], label="test")
+    loss.plot(epochs, [record["test_loss"] for record in metrics], label=eval_split)
     loss.set(xlabel="epoch", ylabel="cross-entropy")
     loss.legend(frameon=False)
     accuracy.plot(epochs, [record["test_accuracy"] for record in metrics], color="tab:orange")
-    accuracy.set(xlabel="epoch", ylabel="test accuracy (%)")
+    accuracy.set(xlabel="epoch", ylabel=f"{eval_split} accuracy (%)")
     return figure
 
 

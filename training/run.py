@@ -1,10 +1,11 @@
-"""A run folder while it trains: locked, resumable, saved on SIGTERM or Ctrl-C, and reported on at every epoch.
+"""Manages a run folder during training: locking, resuming, saving on signals, and a report per epoch.
 
 The training loop calls steps(), after_step(), and end_epoch(). A run never calls the model.
 """
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -41,14 +42,14 @@ class Run:
         self.steps_per_epoch = config.epoch_length(data.num_train) // config.batch_size
         self.train_state = {"epoch": 0, "step_in_epoch": 0, "loss_sum": 0.0, "num_train": data.num_train}
         self.best_accuracy = -1.0
-        with self._write_errors():
+        with self._os_errors_as_user_errors():
             self._init_run()
         self.preemption = PreemptionHandler(config.save_every)
         self.last_plot = -math.inf
 
     @property
     def first_step(self) -> int:
-        """Steps of the current epoch that the checkpoint already contains."""
+        """Steps of the current epoch that are already done."""
         return self.train_state["step_in_epoch"]
 
     def epochs(self) -> Iterable[int]:
@@ -88,6 +89,7 @@ class Run:
             self.train_state |= {"step_in_epoch": step_in_epoch, "loss_sum": loss_sum}
             self._save()
         if action == PreemptionHandler.STOP:
+            distributed.barrier()  # no rank exits before rank 0 has saved
             message = f"stopped and saved after step {step + 1}; rerun with --resume to continue"
             raise Stopped(message, self.preemption.status)
 
@@ -97,7 +99,7 @@ class Run:
         if epoch > 0:
             mean_loss = distributed.all_reduce_mean(self.loss_sum).item() / self.steps_per_epoch
             self.metrics |= {"train_loss": mean_loss, "lr": self.components["optimizer"].param_groups[0]["lr"]}
-        head_metrics = {name: checkpoint.nested_list(value) for name, value in heads._asdict().items()}
+        head_metrics = {name: checkpoint.to_json_list(value) for name, value in heads._asdict().items()}
         metrics = self.metrics | metrics | {"heads": head_metrics}
         is_trained = epoch > 0 or self.config.weights is not None  # best.pt is never a random initialization
         is_best = is_trained and accuracy >= self.best_accuracy
@@ -105,28 +107,32 @@ class Run:
         self.train_state |= {"epoch": epoch + 1, "step_in_epoch": 0, "loss_sum": 0.0}
         if rank() > 0:
             return
-        with self._write_errors():
+        with self._os_errors_as_user_errors():
+            metadata = self.data.classes, self.data.crop_pct
             if is_best:
-                checkpoint.save_weights(model, self.data.classes, epoch, self.dir / "best.pt")
+                checkpoint.save_weights(model, *metadata, epoch, self.dir / "best.pt")
             if epoch in checkpoint.snapshot_epochs(self.config.total_epochs):
                 file = self.dir / "snapshots" / f"epoch_{epoch:04d}.pt"
-                checkpoint.save_weights(model, self.data.classes, epoch, file, half=True)
-            with open(self.dir / "metrics.jsonl", "a") as file:  # last: its record marks the epoch as finished
-                file.write(json.dumps(metrics) + "\n")
+                checkpoint.save_weights(model, *metadata, epoch, file, half=True)
             if "images_per_second" in metrics:
-                checkpoint.record_cost(self.dir, metrics["images_per_second"])
-            self._plot(model, is_final=epoch == self.config.total_epochs)
+                checkpoint.record_duration(self.dir, metrics["images_per_second"])
+            self._plot([*read_metrics(self.dir), metrics], is_final=epoch == self.config.total_epochs)
             if self.config.tensorboard:
                 write_events(self.dir, metrics, heads)
+            with open(self.dir / "metrics.jsonl", "a") as file:  # last: its record marks the epoch as finished
+                file.write(json.dumps(metrics) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         gate = "" if heads.gate.isnan().all() else f"  mean gate {heads.gate.nanmean():.2f}"
         best = f" (best {self.best_accuracy:.2f}%)" if is_trained else ""
-        print0(f"epoch {epoch:3}  test accuracy {accuracy:.2f}%{best}  loss {metrics['test_loss']:.3f}{gate}")
+        split = self.data.eval_split
+        print0(f"epoch {epoch:3}  {split} accuracy {accuracy:.2f}%{best}  loss {metrics['test_loss']:.3f}{gate}")
 
     def _init_run(self):
         """Lock the run folder, restore the state if it is resumed, and write config and provenance."""
         resumed, history = distributed.from_rank0(self._acquire_dir, distributed.was_restarted())
         records = self._resume() if resumed else []
-        if rank() == 0:
+        if rank() == 0 and self.train_state["epoch"] <= self.config.total_epochs:
             entry = checkpoint.provenance(self.device) | {"job": distributed.job_id()}
             checkpoint.write_text(self.dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
             checkpoint.write_text(self.dir / "provenance.json", json.dumps([*history, entry], indent=2) + "\n")
@@ -146,6 +152,8 @@ class Run:
             resumed = resumed or (restarted and distributed.job_id() in [entry["job"] for entry in history])
             if not resumed:
                 raise UserError(f"{self.dir} already contains a run: add --resume to continue, or choose another --run")
+        elif (self.dir / "metrics.jsonl").exists() and any(record["epoch"] > 0 for record in read_metrics(self.dir)):
+            raise UserError(f"{self.dir} contains a run without its last.pt: choose another --run")
         (self.dir / "snapshots").mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT)  # kept open: the lock is released at exit
         try:
@@ -161,20 +169,20 @@ class Run:
     def _resume(self) -> list[dict]:
         """Restore all components and the training state from last.pt; return the records of finished epochs."""
         file = self.dir / "last.pt"
-        record = checkpoint.load(file, self.device)
+        record = checkpoint.load(file)
         try:
             saved_config, state = record["config"], record["train_state"]
             self.config.check_same_run(saved_config)
             for name, component in self.components.items():
                 component.load_state_dict(record[name])
-        except (RuntimeError, KeyError) as error:  # another number of classes, for example
+        except (RuntimeError, KeyError) as error:  # a different number of classes, for example
             raise UserError(f"{file} does not match this model and data: {error}") from error
         if state["num_train"] != self.data.num_train:
             raise UserError(
                 f"there are {self.data.num_train} training images, but {self.dir} started with {state['num_train']}: "
-                f"restore them, or choose another --run with --weights {self.dir}/best.pt"
+                f"restore the original images, or choose another --run with --weights {self.dir}/best.pt"
             )
-        records = read_metrics(self.dir)
+        records = distributed.from_rank0(read_metrics, self.dir)
         if state["step_in_epoch"] == self.steps_per_epoch and any(r["epoch"] == state["epoch"] for r in records):
             state |= {"epoch": state["epoch"] + 1, "step_in_epoch": 0, "loss_sum": 0.0}  # it was evaluated, too
         self.train_state = state
@@ -189,21 +197,21 @@ class Run:
         if rank() == 0:
             record = {name: component.state_dict() for name, component in self.components.items()}
             record |= {"config": dataclasses.asdict(self.config), "train_state": self.train_state}
-            record |= checkpoint.description(self.components["model"], self.data.classes)
+            record |= checkpoint.model_metadata(self.components["model"], self.data.classes, self.data.crop_pct)
             checkpoint.save(record, self.dir / "last.pt")
 
     def _check_finite(self, loss: float, step: int, lr: float):
         """Raise UserError if the loss has diverged."""
         if not math.isfinite(loss):
             last = self.dir / "last.pt"
-            saved = f"{last} is from before" if last.exists() else "nothing was saved before"
+            saved = f"{last} predates the divergence" if last.exists() else "no checkpoint was saved"
             raise UserError(
                 f"the loss is no longer finite at step {step}, learning rate {lr:.2g}: restart with a lower --lr and "
                 f"another --run ({saved})"
             )
 
     def _time_step(self, is_last: bool):
-        """Measure training speed, without the first step (compilation) if there are others, and without saving."""
+        """Measure training speed, without the first step (compilation) if there are others, and the last save."""
         now = time.perf_counter()
         if self.timed_steps > 0 or is_last:
             steps = max(self.timed_steps, 1)
@@ -212,18 +220,21 @@ class Run:
             self.start_time = now
         self.timed_steps += 1
 
-    def _plot(self, model, is_final: bool):
+    def _plot(self, metrics: list[dict], is_final: bool):
         if is_final or time.monotonic() - self.last_plot > PLOT_INTERVAL:
-            plot_run(read_metrics(self.dir), self.dir, uniform_non_locality(model.config.grid))
+            grid = self.components["model"].config.grid
+            plot_run(metrics, self.dir, uniform_non_locality(grid), self.data.eval_split)
             self.last_plot = time.monotonic()
 
     @contextlib.contextmanager
-    def _write_errors(self):
-        """Turn an OSError, such as a full disk or a missing permission, into a UserError."""
+    def _os_errors_as_user_errors(self):
+        """Convert an OSError, such as a full disk or a missing permission, to a UserError."""
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self.dir} cannot be written ({error}): free disk space, then --resume") from error
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            advice = f"free disk space, then {checkpoint.rerun(self.dir)}" if full else "check its permissions"
+            raise UserError(f"{self.dir} cannot be written ({error}): {advice}") from error
 
 
 class PreemptionHandler:

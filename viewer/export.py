@@ -25,7 +25,7 @@ from viewer.inspector import AttentionInspector, check_upload, encode_image, ope
 POSITION, CONTENT = "#d9730d", "#2f6fd0"  # as in page.css
 GATE_COLORS = LinearSegmentedColormap.from_list("gates", [CONTENT, POSITION])
 FRAME_MS, LAST_FRAME_MS = 800, 2400
-drawing = Lock()  # matplotlib is not thread-safe
+draw_lock = Lock()  # matplotlib is not thread-safe
 
 
 def render_png(
@@ -37,13 +37,13 @@ def render_png(
     gates: list | None = None,
     recompute: bool = False,
 ) -> bytes:
-    """Position, content and mixed maps of every head of a GPSA layer, as a PNG.
+    """Position, content, and mixed maps of every head of a GPSA layer, as a PNG.
 
     `image` comes from inspector.prepare_image. `gates` (l h) replace the trained ones: they mix the model's maps, or,
     with `recompute`, the model runs with them. Raises ValueError for invalid arguments.
     """
     kinds = ("position", "content", "mixed")
-    with drawing:
+    with draw_lock:
         figure = draw_heads(inspector, image, layer, snapshot, query, kinds, gates, recompute)
     return encode_image(figure, "PNG")
 
@@ -52,7 +52,7 @@ def render_gif(inspector: AttentionInspector, image: dict, layer: int, query: in
     """Mixed maps of every head of a GPSA layer, one frame per snapshot. Raises ValueError for invalid arguments."""
     frames = []
     for snapshot in range(len(inspector.epochs)):
-        with drawing:  # per frame, so that other requests need not wait for the whole animation
+        with draw_lock:  # per frame, so that other requests need not wait for the whole animation
             frames.append(draw_heads(inspector, image, layer, snapshot, query, ("mixed",)))
     palette = frames[-1].quantize(255)  # shared, so that colors do not flicker
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
@@ -83,10 +83,10 @@ def draw_heads(
     left, center, right = figure.add_gridspec(
         1, 3, width_ratios=[1, 2.5, 1.1] if all_kinds else [1, 1.1, 1],
         wspace=0.12, left=0.02, right=0.98, top=0.86, bottom=0.1)  # fmt: skip
-    time = f"epoch {inspector.epochs[snapshot]}" if len(inspector.epochs) > 1 else inspector.name
-    content = "position, content and mixed maps" if all_kinds else "what each head attends to from the framed patch"
+    epoch_label = f"epoch {inspector.epochs[snapshot]}" if len(inspector.epochs) > 1 else inspector.name
+    description = "position, content, and mixed maps" if all_kinds else "what each head attends to from the query patch"
     changed = ", gates changed by hand" if gates else ""
-    title = f"Layer {inspector.layers[layer] + 1}, {time}{changed}: {content}"
+    title = f"Layer {inspector.layers[layer] + 1}, {epoch_label}{changed}: {description}"
     figure.suptitle(title, x=0.02, y=0.98, ha="left", fontsize=14, weight="bold")
 
     image_axes = figure.add_subplot(left)

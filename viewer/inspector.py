@@ -1,4 +1,4 @@
-"""Computes everything the viewer displays: attention maps, predictions and training curves."""
+"""Computes everything the viewer displays: attention maps, predictions, and training curves."""
 
 import base64
 import io
@@ -77,7 +77,7 @@ class AttentionInspector:
             self.epochs.append(model.epoch)
 
     def describe(self) -> dict:
-        """Everything that does not depend on the image: shapes, epochs, gate and v_pos per snapshot, layer and head."""
+        """Everything independent of the image: shapes, epochs, gate and v_pos per snapshot, layer, and head."""
         models = self.models[: len(self.epochs)]  # refresh may be appending
         return {
             "name": self.name,
@@ -116,11 +116,11 @@ class AttentionInspector:
             image = load_image(io.BytesIO(data), min_size=2 * DISPLAY_SIZE)
         except ValueError:
             raise ValueError(NOT_AN_IMAGE) from None
-        crop = self.models[-1].crop
-        cropped = center_crop(image, *self.config.image_shape, crop)
+        crop_pct = self.models[-1].crop_pct
+        cropped = center_crop(image, *self.config.image_shape, crop_pct)
         rows, columns = self.config.grid
         patch_side = DISPLAY_SIZE // max(rows, columns)  # a whole number of pixels
-        display = center_crop(image, rows * patch_side, columns * patch_side, crop)
+        display = center_crop(image, rows * patch_side, columns * patch_side, crop_pct)
         return {
             "display": data_url(encode_image(display, "JPEG", quality=90), "image/jpeg"),
             "input": data_url(encode_image(cropped, "PNG"), "image/png"),
@@ -132,8 +132,8 @@ class AttentionInspector:
 
         `pixels` comes from `prepare_image`; `layer` indexes the GPSA layers. Raises ValueError for invalid arguments.
         """
-        raw = self._decode_pixels(pixels, layer)
-        snapshots = [self._cached_maps(raw, snapshot) for snapshot in range(len(self.epochs))]
+        pixel_bytes = self._decode_pixels(pixels, layer)
+        snapshots = [self._cached_maps(pixel_bytes, snapshot) for snapshot in range(len(self.epochs))]
         return {
             "content": [_encode(maps.content[layer].numpy().tobytes()) for maps in snapshots],
             "peaks": [maps.peak[layer].tolist() for maps in snapshots],
@@ -141,10 +141,10 @@ class AttentionInspector:
         }
 
     def recompute(self, pixels: str, layer: int, snapshot: int, gates: list[list[float]]) -> dict:
-        """`layer_maps` of one snapshot, run with other gates (l h); predictions before and after the change."""
-        raw = self._decode_pixels(pixels, layer)
-        before = self._cached_maps(raw, snapshot)
-        after = self._compute_maps(raw, snapshot, self._validate_gates(gates))
+        """`layer_maps` of one snapshot, run with different gates (l h); predictions before and after the change."""
+        pixel_bytes = self._decode_pixels(pixels, layer)
+        before = self._cached_maps(pixel_bytes, snapshot)
+        after = self._compute_maps(pixel_bytes, snapshot, self._validate_gates(gates))
         return {
             "content": _encode(after.content[layer].numpy().tobytes()),
             "peaks": after.peak[layer].tolist(),
@@ -159,12 +159,12 @@ class AttentionInspector:
 
         `query` is the row-major patch index; `gates` (l h) replace the trained ones.
         """
-        raw = self._decode_pixels(pixels, layer)
+        pixel_bytes = self._decode_pixels(pixels, layer)
         rows, columns = self.config.grid
         if query not in range(rows * columns):
             raise ValueError(f"expected a patch of a grid of {rows} x {columns}")
         new_gates = None if gates is None else self._validate_gates(gates)
-        attention = self._forward(raw, snapshot, new_gates)[1][self.layers[layer]]
+        attention = self._forward(pixel_bytes, snapshot, new_gates)[1][self.layers[layer]]
         maps = torch.stack([attention.position[:, query], attention.content[0, :, query], attention.mixed[0, :, query]])
         maps = rearrange(maps, "kind h (Y X) -> h kind Y X", Y=rows).tolist()
         heads = zip(attention.gate.tolist(), maps, strict=True)
@@ -179,25 +179,25 @@ class AttentionInspector:
 
     def _decode_pixels(self, pixels: str, layer: int) -> bytes:
         height, width = self.config.image_shape
-        raw = base64.b64decode(pixels, validate=True)
+        pixel_bytes = base64.b64decode(pixels, validate=True)
         layer_exists = isinstance(layer, int) and 0 <= layer < len(self.layers)
-        if len(raw) != 3 * height * width or not layer_exists:
+        if len(pixel_bytes) != 3 * height * width or not layer_exists:
             raise ValueError(f"expected {width} x {height} pixels and a layer from 0 to {len(self.layers) - 1}")
-        return raw
+        return pixel_bytes
 
     @run_on_worker_thread
-    def _compute_maps(self, raw: bytes, snapshot: int, gates: Tensor | None = None) -> Maps:
-        logits, attention = self._forward(raw, snapshot, gates)
+    def _compute_maps(self, pixel_bytes: bytes, snapshot: int, gates: Tensor | None = None) -> Maps:
+        logits, attention = self._forward(pixel_bytes, snapshot, gates)
         content = torch.stack([attention[layer].content[0] for layer in self.layers])  # l h n n
         peak = content.amax(dim=(2, 3))
         return Maps((255 * content / peak[..., None, None]).round().byte(), peak, logits[0].softmax(dim=0))
 
     @torch.inference_mode()
-    def _forward(self, raw: bytes, snapshot: int, gates: Tensor | None) -> tuple[Tensor, list]:
+    def _forward(self, pixel_bytes: bytes, snapshot: int, gates: Tensor | None) -> tuple[Tensor, list]:
         """Logits and attention of one snapshot; `gates` (l h) replace the trained ones."""
         if snapshot not in range(len(self.epochs)):
             raise ValueError(f"expected a snapshot from 0 to {len(self.epochs) - 1}")
-        pixels = np.frombuffer(raw, dtype=np.uint8).reshape(*self.config.image_shape, 3)
+        pixels = np.frombuffer(pixel_bytes, dtype=np.uint8).reshape(*self.config.image_shape, 3)
         image = normalize(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
         names = [f"blocks.{layer}.attn.gating_param" for layer in self.layers]
         overrides = {} if gates is None else dict(zip(names, gates.logit(eps=1e-6), strict=True))
@@ -221,7 +221,7 @@ def open_run(run_dir: Path, name: str | None = None) -> AttentionInspector:
 
 
 def open_weights(source: str) -> AttentionInspector:
-    """Inspect one set of weights: a file, or a released model's name. Raises FileNotFoundError or ValueError."""
+    """Inspect one set of weights: a file, a URL, or a released model. Raises FileNotFoundError or ValueError."""
     model = open_model(source)
     return AttentionInspector(Path(source).stem, model.classes, [model], [model.epoch])
 

@@ -101,7 +101,7 @@ class TrainingQueue:
             return {"state": "waiting", "position": self.queue.index(session)}
         run_dir = self.run_dir(session)
         metrics = run_dir / "metrics.jsonl"
-        records = len(read_metrics(run_dir)) if metrics.exists() else 0  # the first is of epoch 0, before training
+        records = len(read_metrics(run_dir)) if metrics.exists() else 0  # the first record is epoch 0, before training
         progress = {"epoch": records - 1, "epochs": EPOCHS}
         if session in self.queue:
             return {"state": "training", "seconds_left": self._seconds_left(metrics, records)} | progress

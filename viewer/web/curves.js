@@ -8,7 +8,7 @@ const meanOf = (values) => (values[0] === null ? null : values.reduce((sum, valu
 const styleOf = (index) => (index === 0 ? { color: "var(--body-text-color)", dash: "" }
   : { color: OTHER_COLORS[(index - 1) % OTHER_COLORS.length], dash: OTHER_DASHES[(index - 1) % OTHER_DASHES.length] });
 
-const runsOf = (withOthers) => [model.curves, ...(withOthers ? model.others : [])];
+const runsOf = (withOthers) => [model.curves, ...(withOthers ? model.other_curves : [])];
 
 // Curves of one layer: heads thin, their mean thick, the means of other runs dashed.
 function layerSeries(metric, layer, withOthers) {

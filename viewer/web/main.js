@@ -7,7 +7,7 @@ const MAX_BYTES = 10 * 2 ** 20; // of an image file; the server checks this too
 
 const state = {
   tab: "watch", layer: 0, snapshot: 0, query: 0,
-  run: "", // the model on display: the server's (""), or the one trained in this session (its id)
+  session: "", // whose model is on display: the server's (""), or the one trained in this session (its id)
   locked: false, // the query patch ignores the mouse
   head: null, // the selected head; null overlays the mean over all heads
   gates: new Map(), // gates that the user has changed: "layer,head" to a number
@@ -40,13 +40,13 @@ function sessionId() {
 async function callServer(name, args = {}, showError = true) {
   let answer = null;
   try {
-    answer = await server[name]({ run: state.run, ...args });
+    answer = await server[name]({ session: state.session, ...args });
   } catch { /* reported below */ }
   if (showError) find(".error").textContent = answer ? answer.error ?? "" : "The server is not responding; please try again.";
   return answer && !answer.error ? answer : null;
 }
 
-// Use the server's description of a model: the first one, another one, or the same one with new snapshots.
+// Use the server's description of a model: the first one, a different one, or the same one with new snapshots.
 function setModel(description) {
   model = description;
   [numHeads, numPatches] = [model.kernel[0] * model.kernel[1], model.grid[0] * model.grid[1]];
@@ -106,20 +106,20 @@ async function encodeBase64(file) {
 }
 
 let latestRun = 0;
-async function showRun(run) {
+async function showRun(session) {
   stop();
   const id = ++latestRun;
-  const answer = await callServer("describe", { run });
+  const answer = await callServer("describe", { session });
   if (id !== latestRun) return;
-  find(".models").value = answer ? run : state.run;
+  find(".models").value = answer ? session : state.session;
   if (!answer) return;
-  latestNavigation++; // pending requests and the maps belong to the other model
+  latestNavigation++; // pending requests and the maps belong to the previous model
   latestImage++;
   clearRecomputed();
   [pendingChanges, layerMaps, image] = [{}, null, null];
-  state.run = run;
+  state.session = session;
   setModel(answer);
-  Object.assign(state, { snapshot: run ? model.epochs.length - 1 : 0, gates: new Map(), head: null });
+  Object.assign(state, { snapshot: session ? model.epochs.length - 1 : 0, gates: new Map(), head: null });
   buildForModel();
   await showImage(model.examples[0].name);
 }
@@ -152,7 +152,7 @@ function writeUrl() {
     if (state.locked) url.set("locked", "yes");
     if (state.head !== null) url.set("head", state.head + 1);
     if (state.example) url.set("image", state.example);
-    if (!state.run) history.replaceState(null, "", `#${url}`.replaceAll("%2C", ","));
+    if (!state.session) history.replaceState(null, "", `#${url}`.replaceAll("%2C", ","));
   }, 300);
 }
 
@@ -312,7 +312,7 @@ async function start() {
   await showImage(example);
   find(".viewer").classList.remove("loading");
   train("status");
-  setInterval(() => { if (!model.finished && !state.run) loadNewSnapshots(); }, 5000);
+  setInterval(() => { if (!model.finished && !state.session) loadNewSnapshots(); }, 5000);
 }
 
 addEventListener("hashchange", () => location.reload()); // the user pasted the URL of a view into the open page

@@ -14,19 +14,19 @@ async function train(action) {
     find(".models").add(new Option("trained here", SESSION));
     find(".model-choice").classList.remove("unavailable");
   }
-  if (busy && epoch >= 0 && (state.run !== SESSION ? shownEpoch < 0 : epoch > shownEpoch)) {
+  if (busy && epoch >= 0 && (state.session !== SESSION ? shownEpoch < 0 : epoch > shownEpoch)) {
     const previous = shownEpoch;
     shownEpoch = epoch;
-    if (state.run !== SESSION) await showRun(SESSION);
+    if (state.session !== SESSION) await showRun(SESSION);
     else if (!(await loadNewSnapshots())) shownEpoch = previous; // retried in a second
   }
-  if (phase === "done" && state.run === SESSION && epoch > shownEpoch && (await loadNewSnapshots())) shownEpoch = epoch;
+  if (phase === "done" && state.session === SESSION && epoch > shownEpoch && (await loadNewSnapshots())) shownEpoch = epoch;
   clearTimeout(pollTimer);
   if (busy) pollTimer = setTimeout(() => train("status"), 1000);
 }
 
 function showStatus({ state: phase, position, epoch, epochs, seconds_left: secondsLeft }, busy) {
-  const onDisplay = state.run === SESSION;
+  const onDisplay = state.session === SESSION;
   const remaining = secondsLeft === null ? "" : `, about ${secondsLeft} s left`;
   find(".train").hidden = busy;
   find(".train-stop").hidden = !busy;
@@ -43,7 +43,7 @@ function showStatus({ state: phase, position, epoch, epochs, seconds_left: secon
 }
 
 async function startTraining() {
-  if (state.run === SESSION) await showRun(""); // the new run replaces the session's earlier one
+  if (state.session === SESSION) await showRun(""); // the new run replaces the session's earlier one
   if (find(".models").options.length > 1) find(".models").remove(1);
   find(".model-choice").classList.add("unavailable");
   shownEpoch = -1;
@@ -52,12 +52,12 @@ async function startTraining() {
 
 // Load what a run in progress has written since; a view of its last snapshot moves to the new last one. False: try again.
 async function loadNewSnapshots() {
-  const { run } = state;
+  const { session } = state;
   const answer = await callServer("describe", {}, false);
-  if (!answer || run !== state.run) return false;
+  if (!answer || session !== state.session) return false;
   if (answer.epochs.length > model.epochs.length) {
     await navigate({});
-    if (run !== state.run || !layerMaps || layerMaps.content.length < answer.epochs.length) return false;
+    if (session !== state.session || !layerMaps || layerMaps.content.length < answer.epochs.length) return false;
   } else if (answer.curves?.epochs.length === model.curves?.epochs.length) return true;
   const atEnd = state.snapshot === model.epochs.length - 1;
   setModel(answer);
