@@ -122,11 +122,11 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
     panels = figure.subplots(len(heads), len(maps) + 1, squeeze=False)
     shown = (pixels[0] - pixels.min()) / (pixels.max() - pixels.min())
     for index, panel_row in zip(heads, panels, strict=True):
-        panel_row[0].imshow(shown.permute(1, 2, 0), extent=(0, columns, rows, 0))
+        panel_row[0].imshow(shown.permute(1, 2, 0).numpy(), extent=(0, columns, rows, 0))
         panel_row[0].set_ylabel(f"head {index + 1}\ngate {gate[index]:.2f}", rotation=0, ha="right", va="center")
         for panel, (name, tensor) in zip(panel_row[1:], maps.items(), strict=True):
             head_map = tensor[index][-rows * columns :, -rows * columns :][row * columns + column]  # of the patches
-            panel.imshow(head_map.unflatten(0, (rows, columns)), extent=(0, columns, rows, 0), vmin=0)
+            panel.imshow(head_map.unflatten(0, (rows, columns)).numpy(), extent=(0, columns, rows, 0), vmin=0)
             panel.set_title(f"{name}, max {head_map.max():.2f}", fontsize="small")
         for panel in panel_row:
             panel.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=1.5))

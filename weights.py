@@ -37,17 +37,18 @@ class Weights(NamedTuple):
 def open_model(source: str | Path) -> ConViT:
     """A model in eval mode from a run folder, a weights file, a URL, or the name of a released model.
 
-    The model has the additional attributes `classes`
+    The model has the additional attributes `name`, `classes`
     (names), `epoch` (0 if unknown), and `crop_pct` (the fraction of an image's sides to predict from).
     Raises FileNotFoundError or ValueError like `load_weights`.
     """
     weights = read_weights(str(source))
-    config = weights.config or infer_model(weights.state)[1]
+    name, config = infer_model(weights.state) if weights.config is None else (Path(source).stem, weights.config)
     if config is None:
         raise ValueError(f"{source} does not match any model in convit_min.MODELS")
     model = ConViT(config).eval()
     _load(model, weights, str(source))
-    model.classes, model.epoch = weights.classes or class_names(config.num_classes), weights.epoch
+    model.name, model.epoch = name, weights.epoch
+    model.classes = weights.classes or class_names(config.num_classes)
     model.crop_pct = weights.crop_pct or default_crop_pct(*config.image_shape)
     return model
 

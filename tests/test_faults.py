@@ -303,7 +303,7 @@ def test_workers_survive_a_signal_until_the_step_is_saved(imagenet, tmp_path):
     run = tmp_path / "run"
     flags = ["--data-dir", imagenet, *SMALL, "--workers", "2", "--epochs", "50", "--run", run]
     script = Script(tmp_path / "log", *flags, name="train_imagenet")
-    script.wait_for(run / "best.pt")
+    script.wait_for(run / "snapshots" / "epoch_0000.pt")
     deadline = time.monotonic() + 60
     while not (workers := [int(pid) for pid in children_of(script.process.pid)]):
         assert script.process.is_alive() and time.monotonic() < deadline, script.log.read_text()

@@ -155,14 +155,14 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
     assert not run.exists()
 
     run.mkdir()
-    (run / "metrics.jsonl").write_text('{"epoch": 1}\n')
-    assert "contains a run without its last.pt" in error_of()
-    (run / "metrics.jsonl").unlink()
     (run / "last.pt").write_text("precious")
     for split in ("train/blue", "test/yellow"):
         (tmp_path / split.replace("/", "_")).rename(tree / split.replace("yellow", "blue"))
     assert "already contains a run" in error_of()
     assert [(file.name, file.read_text()) for file in run.iterdir()] == [("last.pt", "precious")]
+    (run / "last.pt").rename(run / "metrics.jsonl")
+    (run / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    assert "contains a run without its last.pt" in error_of()
 
 
 def test_only_a_torchrun_restart_resumes_without_the_flag(tree, tmp_path, monkeypatch, capsys, error_of):

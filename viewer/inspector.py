@@ -223,7 +223,7 @@ def open_run(run_dir: Path, name: str | None = None) -> AttentionInspector:
 def open_weights(source: str) -> AttentionInspector:
     """Inspect one set of weights: a file, a URL, or a released model. Raises FileNotFoundError or ValueError."""
     model = open_model(source)
-    return AttentionInspector(Path(source).stem, model.classes, [model], [model.epoch])
+    return AttentionInspector(model.name, model.classes, [model], [model.epoch])
 
 
 def snapshot_files(run_dir: Path) -> list[Path]:
