@@ -38,7 +38,7 @@ Grid = tuple[int, int]  # rows and columns of patches: Y, X
 
 @dataclass(frozen=True)
 class ConViTConfig:  # invalid settings: ValueError
-    img_size: int | tuple[int, int] = 224  # (height, width)
+    img_size: int | tuple[int, int] = 224  # or a pair
     patch_size: int = 16
     in_chans: int = 3
     num_classes: int = 1000  # 0: return features
@@ -74,7 +74,7 @@ class ConViTConfig:  # invalid settings: ValueError
             raise ValueError("; ".join(message for message in problems if problems[message]))
 
     @property
-    def image_shape(self) -> tuple[int, int]:  # height and width in pixels
+    def image_shape(self) -> tuple[int, int]:  # in pixels
         return tuple(self.img_size) if isinstance(self.img_size, (tuple, list)) else (self.img_size, self.img_size)
 
     @property
@@ -124,8 +124,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def content_map(q: Tensor, k: Tensor) -> Tensor:
-    """C in float32, by way of float64, which autocast does not downcast: (b h n d) (b h n d) -> b h n n."""
-    return (q.double() @ k.double().mT / math.sqrt(q.shape[-1])).softmax(dim=-1).float()
+    """C in float32, even under autocast: (b h n d) (b h n d) -> b h n n."""
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
+        return (q.float() @ k.float().mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
 
 class GPSA(nn.Module):
@@ -171,9 +172,9 @@ class GPSA(nn.Module):
         row, column = torch.cartesian_prod(*map(torch.arange, grid)).to(q.device).unbind(dim=1)  # n each
         dx, dy = column[None, :] - column[:, None], row[None, :] - row[:, None]  # key minus query: n n
         r = torch.stack([dx, dy, dx**2 + dy**2])  # 3 n n
-        v_pos = self.pos_proj.weight.double()  # h 3
+        v_pos = self.pos_proj.weight.float()  # h 3
         content = content_map(q, k)  # b h n n
-        position = (v_pos[:, :, None, None] * r).sum(dim=1).softmax(dim=-1).float()  # h n n
+        position = (v_pos[:, :, None, None] * r).sum(dim=1).softmax(dim=-1)  # h n n
         return HeadAttention(content, position, self.gate(), self.mix(content, position))
 
     def position_factors(self, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -313,8 +314,7 @@ def create_model(name: str, **overrides) -> ConViT:
 
 
 if __name__ == "__main__":  # one head at initialization: its maps from the query patch at row 4, column 4 of 8 x 8
-    _, attention = create_model("convit_cifar_nano")(torch.rand(1, 3, 32, 32), return_attention=True)
-    content, position, gate, mixed = attention[0]
+    content, position, gate, mixed = create_model("convit_cifar_nano")(torch.rand(1, 3, 32, 32), True)[1][0]
     print(f"gate {gate[1]:.2f}; attention to the patch and its 8 neighbors")
     for name, head_map in (("C", content[0, 1]), ("P", position[1]), ("A", mixed[0, 1])):
         print(name, head_map[4 * 8 + 4].detach().unflatten(0, (8, 8))[3:6, 3:6], sep="\n")
