@@ -19,7 +19,7 @@ from predict import predict
 from training.checkpoint import save_weights
 from training.data import decode, load_datasets
 from training.image_folder import ImageFolderDataset, random_resized_crop
-from viewer.inspector import open_run
+from viewer.inspector import open_run, open_weights
 from weights import open_model
 
 
@@ -58,9 +58,10 @@ def test_phone_photos_are_upright_on_every_path(demo, photo, tmp_path):
     photo.save(tmp_path / "upright.jpg", quality=95)
     rotated_copy(photo, tmp_path / "phone.jpg")
 
+    inspector = open_weights(str(max((DEMO / "snapshots").iterdir())))
+
     def pixels(file) -> dict:
         torch.manual_seed(0)
-        inspector = open_run(DEMO)
         decoded = decode({"a": [file]}, 32, 1, "test").images[0]
         streamed = ImageFolderDataset([file], torch.zeros(1), 96).read(file)
         cropped = np.array(random_resized_crop(file, 32))
