@@ -142,7 +142,7 @@ def fake_cuda(script):
 
     evaluate = torch.no_grad()(script.evaluate.__wrapped__)  # inference_mode would hide compound operations
     cuda = {"is_available": True, "device_count": 1, "set_device": None, "is_bf16_supported": True,
-            "get_device_name": "fake", "current_device": 0}  # fmt: skip
+            "get_device_name": "fake", "current_device": 0, "is_current_stream_capturing": False}  # fmt: skip
     with ExitStack() as stack:
         for name, answer in cuda.items():
             stack.enter_context(patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
