@@ -41,6 +41,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(background, image).convert("RGB")
 
 
+def to_tensor(image: Image.Image) -> Tensor:
+    """Pixels as uint8, 3 H W."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def preprocess(model, image) -> Tensor:
     """An image as input of a model from `weights.open_model`: cropped as in its evaluation, and normalized (1 3 H W).
 
@@ -52,8 +57,7 @@ def preprocess(model, image) -> Tensor:
     elif isinstance(image, bytes):
         image = io.BytesIO(image)
     image = to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
-    pixels = np.array(center_crop(image, *model.config.image_shape, model.crop_pct))
-    return normalize(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    return normalize(to_tensor(center_crop(image, *model.config.image_shape, model.crop_pct))[None])
 
 
 def center_crop(image: Image.Image, height: int, width: int, crop_pct: float = 1.0) -> Image.Image:

@@ -1,8 +1,10 @@
 """Classify image files with a trained model, and plot what its heads attend to.
 
-python predict.py runs/cifar cat.jpg dog.jpg          the three most likely classes of each image
-python predict.py convit_tiny photos/ --csv           a released model; all images of a folder, as CSV
-python predict.py demo cat.jpg --attention heads.png --layer 5
+    python predict.py runs/cifar cat.jpg dog.jpg          the three most likely classes of each image
+    python predict.py convit_tiny photos/ --csv           a released model; all images of a folder, as CSV
+    python predict.py demo cat.jpg --attention heads.png --layer 5
+
+An unreadable file is named, and the others are classified.
 """
 
 import argparse

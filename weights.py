@@ -37,8 +37,8 @@ class Weights(NamedTuple):
 def open_model(source: str | Path) -> ConViT:
     """A model in eval mode from a run folder, a weights file, a URL, or the name of a released model.
 
-    The model has the additional attributes `name`, `classes`
-    (names), `epoch` (0 if unknown), and `crop_pct` (the fraction of an image's sides to predict from).
+    The model has the additional attributes `name`, `classes` (names), `epoch` (0 if unknown), and `crop_pct` (the
+    fraction of an image's sides to predict from).
     Raises FileNotFoundError or ValueError like `load_weights`.
     """
     weights = read_weights(str(source))
@@ -103,8 +103,13 @@ def read_weights(source: str) -> Weights:
     return Weights(state, config, classes, int(record.get("epoch", 0)), record.get("crop_pct"))
 
 
+def snapshot_files(run_dir: Path) -> list[Path]:
+    """Snapshot files of a run folder, earliest first."""
+    return sorted(run_dir.glob("snapshots/epoch_*.pt"))
+
+
 def _find_weights(run_dir: Path) -> Path:
-    files = [*run_dir.glob("best.pt")] or sorted(run_dir.glob("snapshots/epoch_*.pt"))
+    files = [*run_dir.glob("best.pt")] or snapshot_files(run_dir)
     if not files:
         raise FileNotFoundError(f"{run_dir} contains neither best.pt nor snapshots/")
     return files[-1]

@@ -28,7 +28,7 @@ from training.data import DATASETS, ImageSet, eval_batches, infer_dataset, load_
 from training.distributed import UserError
 from training.evaluation import evaluate
 from training.optim import AMP_DTYPES
-from weights import open_model
+from weights import open_model, snapshot_files
 
 DEMO = CODE / "demo"
 
@@ -145,7 +145,7 @@ def reproduce(args: argparse.Namespace):
 
 def open_snapshots(run: Path) -> list[ConViT]:
     """The models of a run's first and last snapshot."""
-    files = sorted((run / "snapshots").glob("epoch_*.pt"))
+    files = snapshot_files(run)
     if not files:
         raise UserError(f"{run} has no snapshots; pass a run folder of train_cifar.py as --run")
     try:

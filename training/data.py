@@ -7,16 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from convit_min import MODELS
-from images import center_crop, default_crop_pct, load_image, normalize
+from images import center_crop, default_crop_pct, load_image, normalize, to_tensor
 from training.augment import derive_seed
 from training.distributed import UserError, barrier, local_rank, print0, rank, world_size
 from training.patterns import TEXTURES, patterns
@@ -38,7 +36,7 @@ class ImageSet(NamedTuple):
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
     def select(self, index: Tensor) -> "ImageSet":
-        """The images of these indices, or where a mask is True."""
+        """The images of these indices."""
         index = index.to(self.images.device)
         return self._replace(images=self.images[index], labels=self.labels[index])
 
@@ -208,11 +206,6 @@ def decode(tree: dict[str, list[Path]], img_size: int, workers: int, split: str,
             pool.shutdown(cancel_futures=True)
             raise UserError(f"{error}; repair or remove it") from error
     return ImageSet(images, labels, list(tree))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """Pixels as uint8, 3 H W."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:

@@ -15,7 +15,7 @@ from torchvision.transforms import RandAugment, RandomResizedCrop
 from tqdm import tqdm
 
 from convit_min import MODELS
-from images import center_crop, default_crop_pct, load_image, normalize
+from images import center_crop, default_crop_pct, load_image, normalize, to_tensor
 from training.augment import derive_seed
 from training.checkpoint import rerun
 from training.data import (
@@ -27,7 +27,6 @@ from training.data import (
     shard_batches,
     split_train_val,
     stratified_subset,
-    to_tensor,
 )
 from training.distributed import RankError, UserError, from_rank0, print0, rank, world_size
 

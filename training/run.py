@@ -97,11 +97,11 @@ class Run:
         """Write best.pt and a snapshot when due, metrics.jsonl, and plots; print a summary."""
         epoch, accuracy, model = self.metrics["epoch"], metrics["test_accuracy"], self.components["ema"].module
         if epoch > 0:
-            mean_loss = distributed.all_reduce_mean(self.loss_sum).item() / self.steps_per_epoch
+            mean_loss = self.train_state["loss_sum"] / self.steps_per_epoch  # of the last step
             self.metrics |= {"train_loss": mean_loss, "lr": self.components["optimizer"].param_groups[0]["lr"]}
         head_metrics = {name: checkpoint.to_json_list(value) for name, value in heads._asdict().items()}
         metrics = self.metrics | metrics | {"heads": head_metrics}
-        is_trained = epoch > 0 or self.config.weights is not None  # best.pt is never a random initialization
+        is_trained = self._is_trained(epoch)
         is_best = is_trained and accuracy >= self.best_accuracy
         self.best_accuracy = accuracy if is_best else self.best_accuracy
         self.train_state |= {"epoch": epoch + 1, "step_in_epoch": 0, "loss_sum": 0.0}
@@ -116,7 +116,7 @@ class Run:
                 checkpoint.save_weights(model, *metadata, epoch, file, half=True)
             if "images_per_second" in metrics:
                 checkpoint.record_duration(self.dir, metrics["images_per_second"])
-            self._plot([*read_metrics(self.dir), metrics], is_final=epoch == self.config.total_epochs)
+            self._plot(metrics, is_final=epoch == self.config.total_epochs)
             if self.config.tensorboard:
                 write_events(self.dir, metrics, heads)
             with open(self.dir / "metrics.jsonl", "a") as file:  # last: its record marks the epoch as finished
@@ -187,10 +187,13 @@ class Run:
             state |= {"epoch": state["epoch"] + 1, "step_in_epoch": 0, "loss_sum": 0.0}  # it was evaluated, too
         self.train_state = state
         records = [record for record in records if record["epoch"] < state["epoch"]]
-        first = 0 if self.config.weights else 1
-        accuracies = [record["test_accuracy"] for record in records if record["epoch"] >= first]
+        accuracies = [record["test_accuracy"] for record in records if self._is_trained(record["epoch"])]
         self.best_accuracy = max(accuracies, default=-1.0)
         return records
+
+    def _is_trained(self, epoch: int) -> bool:
+        """Whether the model of an epoch may become best.pt: not a random initialization."""
+        return epoch > 0 or self.config.weights is not None
 
     def _save(self):
         """Write last.pt: all components, the flags, and the training state."""
@@ -220,10 +223,11 @@ class Run:
             self.start_time = now
         self.timed_steps += 1
 
-    def _plot(self, metrics: list[dict], is_final: bool):
+    def _plot(self, metrics: dict, is_final: bool):
         if is_final or time.monotonic() - self.last_plot > PLOT_INTERVAL:
             grid = self.components["model"].config.grid
-            plot_run(metrics, self.dir, uniform_non_locality(grid), self.data.eval_split)
+            history = [*read_metrics(self.dir), metrics]
+            plot_run(history, self.dir, uniform_non_locality(grid), self.data.eval_split)
             self.last_plot = time.monotonic()
 
     @contextlib.contextmanager

@@ -21,7 +21,7 @@ from torch.func import functional_call
 import analysis
 from convit_min import ConViT, kernel_shape
 from images import center_crop, load_image, normalize
-from weights import open_model
+from weights import open_model, snapshot_files
 
 MAX_BYTES, MAX_PIXELS = 10 * 2**20, 20_000_000  # of an uploaded file
 NOT_AN_IMAGE = "This file cannot be read as an image; please choose a PNG, JPEG, WebP or GIF."
@@ -215,7 +215,10 @@ def open_run(run_dir: Path, name: str | None = None) -> AttentionInspector:
 
     Raises FileNotFoundError or ValueError if there are no readable snapshots.
     """
-    models = [open_model(file) for file in snapshot_files(run_dir)]
+    files = snapshot_files(run_dir)
+    if not files:
+        raise FileNotFoundError(f"{run_dir} has no snapshots; pass a run folder of train_cifar.py with --run")
+    models = [open_model(file) for file in files]
     epochs = [model.epoch for model in models]
     return AttentionInspector(name or run_dir.name, models[-1].classes, models, epochs, run_dir)
 
@@ -224,14 +227,6 @@ def open_weights(source: str) -> AttentionInspector:
     """Inspect one set of weights: a file, a URL, or a released model. Raises FileNotFoundError or ValueError."""
     model = open_model(source)
     return AttentionInspector(model.name, model.classes, [model], [model.epoch])
-
-
-def snapshot_files(run_dir: Path) -> list[Path]:
-    """Snapshot files of a run, earliest first. Raises FileNotFoundError if there are none."""
-    files = sorted((run_dir / "snapshots").glob("epoch_*.pt"))
-    if not files:
-        raise FileNotFoundError(f"{run_dir} has no snapshots; pass a run folder of train_cifar.py with --run")
-    return files
 
 
 def read_train_config(run_dir: Path) -> dict:
