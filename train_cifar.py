@@ -94,7 +94,7 @@ def train(config: Config):
             lr = learning_rate(step, total_steps, warmup_steps, peak_lr)
             set_learning_rate(optimizer, lr)
 
-            # augment on the device, every image with its own random draw
+            # augment on the device, every image with its own random draw; normalize is (x / 255 - mean) / std
             images = random_hflip(random_crop(images, config.crop_padding), config.hflip)
             images = random_erasing(normalize(images), config.random_erasing)
             targets = F.one_hot(labels, len(data.classes)).float()

@@ -93,7 +93,7 @@ def train(config: Config):
             lr = learning_rate(step, total_steps, warmup_steps, peak_lr)
             set_learning_rate(optimizer, lr)
 
-            # augment on the device, every image with its own random draw
+            # augment on the device, every image with its own random draw; normalize is (x / 255 - mean) / std
             images = random_hflip(images, config.hflip)
             images = random_erasing(normalize(images), config.random_erasing)
             targets = F.one_hot(labels, len(data.classes)).float()
