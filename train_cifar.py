@@ -25,7 +25,7 @@ from training.augment import mixup_cutmix, random_crop, random_erasing, random_h
 from training.config import CORES, RunConfig, build_model, flag, float_between, int_at_least, parse_flags
 from training.data import DATASETS, InMemoryData
 from training.distributed import UserError
-from training.evaluation import evaluate
+from training.evaluation import evaluate, evaluate_weights
 from training.optim import ModelEMA, autocast, learning_rate, param_groups, set_learning_rate
 from training.run import Run
 
@@ -38,7 +38,9 @@ class Config(RunConfig):
     workers: int = flag(CORES, "image-decoding threads", type=int_at_least(0))
     # model
     model: str = flag("convit_cifar_nano", "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
-    img_size: int = flag(32, "image size in pixels; images are resized and center-cropped", type=int_at_least(1))
+    img_size: int | None = flag(
+        None, "image size in pixels (default: 32, with --eval that of the weights)", type=int_at_least(1)
+    )
     patch_size: int = flag(4, "patch size in pixels", type=int_at_least(1))
     run: str = flag("runs/cifar", "run folder; with several machines, on a shared disk")
     # recipe; with --amp, 94 minutes on one CPU core
@@ -57,6 +59,11 @@ class Config(RunConfig):
     random_erasing: float = flag(0.0, "probability of random erasing", type=float_between(0, 1))
     ema_decay: float = flag(0.998, "decay of the moving average of the weights (0: off)", type=float_between(0, 1))
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.eval:
+            self.img_size = self.img_size or 32
+
 
 def train(config: Config):
     # data and model
@@ -64,11 +71,7 @@ def train(config: Config):
     data = InMemoryData(config, device)
     config.check(data.num_train)
     torch.manual_seed(config.seed)
-    model = build_model(config, len(data.classes)).to(device)
-    if config.eval:
-        metrics = evaluate(model, data.eval_batches(), device, config.amp)
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        return distributed.print0(f"{config.model} with {config.weights}: {scores}")
+    model = build_model(config, data.classes).to(device)
 
     # optimization
     model_ema = ModelEMA(model, config.ema_decay)
@@ -129,7 +132,8 @@ def train(config: Config):
 
 def main():
     try:
-        train(parse_flags(Config, __doc__))
+        config = parse_flags(Config, __doc__)
+        evaluate_weights(config, InMemoryData) if config.eval else train(config)
     except (UserError, torch.OutOfMemoryError) as error:
         distributed.abort(error)
     distributed.cleanup()

@@ -23,10 +23,9 @@ from images import normalize
 from training import distributed
 from training.augment import mixup_cutmix, random_erasing, random_hflip
 from training.config import CORES, RunConfig, build_model, flag, float_between, int_at_least, parse_flags
-from training.data import InMemoryData
 from training.distributed import UserError
-from training.evaluation import evaluate
-from training.image_folder import StreamedData
+from training.evaluation import evaluate, evaluate_weights
+from training.image_folder import load_data
 from training.optim import ModelEMA, autocast, learning_rate, param_groups, set_learning_rate
 from training.run import Run
 
@@ -60,14 +59,10 @@ class Config(RunConfig):
 def train(config: Config):
     # data and model
     device = distributed.init(config.device)
-    data = InMemoryData(config, device) if config.dataset == "patterns" else StreamedData(config, device)
+    data = load_data(config, device)
     config.check(data.num_train)
     torch.manual_seed(config.seed)
-    model = build_model(config, len(data.classes)).to(device)
-    if config.eval:
-        metrics = evaluate(model, data.eval_batches(), device, config.amp)
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        return distributed.print0(f"{config.model} with {config.weights}: {scores}")
+    model = build_model(config, data.classes).to(device)
 
     # optimization
     model_ema = ModelEMA(model, config.ema_decay)
@@ -128,7 +123,8 @@ def train(config: Config):
 
 def main():
     try:
-        train(parse_flags(Config, __doc__))
+        config = parse_flags(Config, __doc__)
+        evaluate_weights(config, load_data) if config.eval else train(config)
     except (UserError, torch.OutOfMemoryError) as error:
         distributed.abort(error)
     distributed.cleanup()

@@ -20,10 +20,6 @@ PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile
 MAX_LISTED = 5  # names in an error
 
 
-class HeadWarning(UserWarning):
-    """The classifier of a file was not loaded."""
-
-
 class Weights(NamedTuple):
     """The content of a weights file; only our own files record more than the tensors."""
 
@@ -53,17 +49,17 @@ def open_model(source: str | Path) -> ConViT:
     return model
 
 
-def load_weights(model: ConViT, source: str | Path, new: Collection[str] = ()):
+def load_weights(model: ConViT, source: str | Path, new: Collection[str] = (), classes: Collection[str] | None = None):
     """Load weights from a run folder (best.pt, or else the last snapshot), a file, a URL, or a released model's name.
 
-    pos_embed is resized for a different image size. If the number of classes differs, the classifier is not loaded, and
-    a warning says so. Parameters named in `new`, as in ("relative_bias",), may be missing from the file, and then keep
-    their initial values.
+    pos_embed is resized for a different image size. If the number of classes differs, or their names from `classes`,
+    the classifier is not loaded, and a warning says so. Parameters named in `new`, as in ("relative_bias",), may be
+    missing from the file, and then keep their initial values.
 
     Raises FileNotFoundError if there is no such file, and ValueError if it is damaged, is not a PyTorch checkpoint, or
     does not match the model. The model is then unchanged. No code in the file is executed.
     """
-    _load(model, read_weights(str(source)), str(source), new)
+    _load(model, read_weights(str(source)), str(source), new, classes)
 
 
 def read_weights(source: str) -> Weights:
@@ -116,17 +112,17 @@ def _find_weights(run_dir: Path) -> Path:
 
 
 def infer_model(state: dict[str, Tensor]) -> tuple[str | None, ConViTConfig | None]:
-    """The name and config of the model in MODELS that has weights of these shapes, with their number of classes."""
+    """The name of the model in MODELS that has weights of these shapes, and its config for their classes and grid."""
     try:
         dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-        num_classes = state["head.weight"].shape[0]
+        num_classes, side = state["head.weight"].shape[0], math.isqrt(state["pos_embed"].shape[1])
         gates = [value for name, value in state.items() if name.endswith("gating_param")]
     except (KeyError, ValueError):
         return None, None
     for name, config in MODELS.items():
         heads_match = not gates or len(gates[0]) == config.num_heads
         if (dim, patch_size, len(gates)) == (config.dim, config.patch_size, config.gpsa_layers) and heads_match:
-            return name, ConViTConfig(**vars(config) | {"num_classes": num_classes})
+            return name, ConViTConfig(**vars(config) | {"num_classes": num_classes, "img_size": side * patch_size})
     return None, None
 
 
@@ -138,14 +134,20 @@ def class_names(num_classes: int) -> list[str]:
     return imagenet if num_classes == len(imagenet) else [f"class {index}" for index in range(num_classes)]
 
 
-def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = ()):
+def _load(
+    model: ConViT,
+    weights: Weights,
+    source: str,
+    new: Collection[str] = (),
+    classes: Collection[str] | None = None,
+):
     state, expected = weights.state, model.state_dict()
     _adapt_pos_embed(state, weights.config.grid if weights.config else None, model)
     head = {key: value for key, value in expected.items() if key.startswith("head.")}
     file_head = {key for key in state if key.startswith("head.")}
-    if file_head != head.keys() or any(state[key].shape != head[key].shape for key in head):
-        message = f"{source} has a different number of classes: its classifier is not loaded"
-        warnings.warn(message, HeadWarning, stacklevel=3)
+    is_renamed = classes and weights.classes and list(classes) != weights.classes
+    if is_renamed or file_head != head.keys() or any(state[key].shape != head[key].shape for key in head):
+        warnings.warn(f"{source} has other classes: its classifier is not loaded", stacklevel=3)
         state = {key: value for key, value in state.items() if key not in file_head} | head
 
     missing = expected.keys() - state.keys()

@@ -451,7 +451,7 @@ def test_flags_give_the_config_and_tables_share_runs(budget, monkeypatch):
 )
 def test_model_of_every_ablation(row, expected):
     """Whether v is initialized as the identity, the gate logit, and whether gates and position are trained."""
-    attn = build_model(reproduce.Config(**reproduce.ABLATIONS[row]), 10).blocks[0].attn
+    attn = build_model(reproduce.Config(**reproduce.ABLATIONS[row]), list("0123456789")).blocks[0].attn
     if expected is None:
         assert not isinstance(attn, GPSA)
     else:

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ import torch
 
 from convit_min import MODELS, ConViT, ConViTConfig, create_model
 from training.distributed import UserError, print0, world_size
-from weights import HeadWarning, list_names, load_weights
+from weights import list_names, load_weights
 
 ConfigType = TypeVar("ConfigType")
 
@@ -28,7 +27,7 @@ CORES = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # available
 
 # flags that may change on --resume
 CHANGEABLE_ON_RESUME = {"data_dir", "run", "resume", "eval", "weights", "device", "compile", "workers", "save_every"}
-CHANGEABLE_ON_RESUME |= {"tensorboard", "skip_bad_images", "epochs", "lr", "grad_accum_steps"}
+CHANGEABLE_ON_RESUME |= {"tensorboard", "skip_bad_images", "csv", "epochs", "lr", "grad_accum_steps"}
 RENAMED_FLAGS = {  # old name in a run folder -> new name
     "shift": "crop_padding",
     "flip": "hflip",
@@ -131,7 +130,8 @@ class RunConfig:
     tensorboard: bool = flag(False, "also write TensorBoard events")
     save_every: str | None = flag(None, "also save every N steps, or N minutes as in 10m", type=interval)
     resume: bool = flag(False, "resume from last.pt in --run")
-    eval: bool = flag(False, "only evaluate --weights, or best.pt of --run")
+    eval: bool = flag(False, "only evaluate --weights, or best.pt of --run; writes eval.json into --run")
+    csv: bool = flag(False, "with --eval, also write eval.csv, one row per image")
 
     def __post_init__(self):
         if self.eval and not self.weights:
@@ -179,24 +179,16 @@ class RunConfig:
                 )
 
 
-def build_model(config: RunConfig, num_classes: int) -> ConViT:
+def build_model(config: RunConfig, classes: list[str]) -> ConViT:
     """The model that the flags describe, with --weights loaded. Raises UserError if it cannot work."""
     fields = {field.name for field in dataclasses.fields(ConViTConfig)} & vars(config).keys()
     overrides = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
     try:
-        model = create_model(config.model, num_classes=num_classes, **overrides)
-    except ValueError as error:
+        model = create_model(config.model, num_classes=len(classes), **overrides)
+        if config.weights and not config.resume:
+            load_weights(model, config.weights, classes=classes)
+    except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    if config.weights and (config.eval or not config.resume):
-        with warnings.catch_warnings():
-            if config.eval:  # a new classifier is fine for training, but useless for evaluation
-                warnings.simplefilter("error", HeadWarning)
-            try:
-                load_weights(model, config.weights)
-            except HeadWarning as warning:
-                raise UserError(f"--eval needs weights with the same classes: {warning}") from warning
-            except (ValueError, OSError) as error:
-                raise UserError(str(error)) from error
     if config.freeze_gpsa:
         freeze_gpsa(model)
     return model

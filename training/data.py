@@ -31,31 +31,37 @@ class ImageSet(NamedTuple):
     images: Tensor  # uint8, n 3 H W
     labels: Tensor  # int64, n
     classes: list[str]
+    files: list[Path] | None = None  # if they come from files
 
     def to(self, device: torch.device) -> "ImageSet":
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
     def select(self, index: Tensor) -> "ImageSet":
         """The images of these indices."""
+        files = self.files and [self.files[position] for position in index.tolist()]
         index = index.to(self.images.device)
-        return self._replace(images=self.images[index], labels=self.labels[index])
+        return self._replace(images=self.images[index], labels=self.labels[index], files=files)
 
 
 class InMemoryData:
     """The training and evaluation images of a run, in the memory of its device."""
 
-    def __init__(self, config, device: torch.device):
-        """Raises UserError, saying what to do, if images are missing or unusable."""
+    def __init__(self, config, device: torch.device, crop_pct: float | None = None):
+        """Raises UserError, saying what to do, if images are missing or unusable.
+
+        `crop_pct` is the fraction of the sides of an evaluation image that is kept, by default that of its size.
+        """
         config.dataset = config.dataset or infer_dataset(config.data_dir, type(config).data_dir)
         img_size = config.img_size or MODELS[config.model].img_size
-        train, test = load_datasets(config.dataset, config.data_dir, img_size, device, config.workers)
+        crop_pct = crop_pct or default_crop_pct(img_size, img_size)
+        train, test = load_datasets(config.dataset, config.data_dir, img_size, device, config.workers, crop_pct)
         if config.val_fraction:
             train, test = map(train.select, split_train_val(train.labels.cpu(), config.val_fraction, config.seed))
         if config.data_fraction < 1:
             train = train.select(stratified_subset(train.labels.cpu(), config.data_fraction, config.seed))
         self.config, self.train, self.test = config, train, test
         self.classes, self.num_train = train.classes, len(train.labels)
-        self.crop_pct = default_crop_pct(img_size, img_size) if config.dataset == "folder" else 1.0
+        self.crop_pct = crop_pct if config.dataset == "folder" else 1.0
         self.sample_images = normalize(test.select(sample_indices(len(test.labels))).images)
         self.eval_split = "validation" if config.val_fraction else "test"
         print0(f"{config.dataset} in {config.data_dir}: {self.num_train} training and {len(test.labels)} "
@@ -68,17 +74,21 @@ class InMemoryData:
         for indices in shard_batches(order, self.config.batch_size, first_step):
             yield self.train.images[indices], self.train.labels[indices]
 
-    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All evaluation images once, over all processes."""
+    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All evaluation images once, over all processes: pixels, labels, and indices."""
         return eval_batches(self.test, self.config.device_batch_size)
+
+    def eval_file(self, index: int) -> str:
+        """The file of an evaluation image, or its index in the dataset."""
+        return str(self.test.files[index] if self.test.files else index)
 
 
 def load_datasets(
-    dataset: str, data_dir: str, img_size: int, device: torch.device, workers: int = 1
+    dataset: str, data_dir: str, img_size: int, device: torch.device, workers: int = 1, crop_pct: float = 1.0
 ) -> tuple[ImageSet, ImageSet]:
     """The training and the test set, on the device. Raises UserError if images are missing or unusable."""
     if dataset == "folder":
-        train, test = load_folder(Path(data_dir), img_size, workers)
+        train, test = load_folder(Path(data_dir), img_size, workers, crop_pct)
     elif dataset == "patterns":
         train, test = load_patterns(img_size)
     else:
@@ -135,13 +145,15 @@ def resize(images: Tensor, size: int) -> Tensor:
     return torch.cat([v2.functional.resize(chunk, [size, size]) for chunk in chunks])
 
 
-def load_folder(root: Path, img_size: int, workers: int = 1) -> tuple[ImageSet, ImageSet]:
-    """A tree train/CLASS/* and test/CLASS/* or val/CLASS/*; images are center-cropped to squares of img_size."""
+def load_folder(root: Path, img_size: int, workers: int = 1, crop_pct: float = 1.0) -> tuple[ImageSet, ImageSet]:
+    """A tree train/CLASS/* and test/CLASS/* or val/CLASS/*; images are center-cropped to squares of img_size.
+
+    Of evaluation images, the fraction `crop_pct` of the sides is kept.
+    """
     train, test = find_splits(root)
     if train.keys() != test.keys():
         unmatched = list_names(train.keys() ^ test.keys())
         raise UserError(f"the training and test sets of {root} must have the same classes; unmatched: {unmatched}")
-    crop_pct = default_crop_pct(img_size, img_size)  # for evaluation; training sees all of the center
     return decode(train, img_size, workers, "train"), decode(test, img_size, workers, "test", crop_pct)
 
 
@@ -205,7 +217,7 @@ def decode(tree: dict[str, list[Path]], img_size: int, workers: int, split: str,
         except ValueError as error:
             pool.shutdown(cancel_futures=True)
             raise UserError(f"{error}; repair or remove it") from error
-    return ImageSet(images, labels, list(tree))
+    return ImageSet(images, labels, list(tree), files)
 
 
 def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
@@ -255,10 +267,11 @@ def shard_batches(order: Tensor, batch_size: int, first_step: int = 0) -> Iterat
         yield order[step * batch_size : (step + 1) * batch_size][rank() :: world_size()]
 
 
-def eval_batches(image_set: ImageSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of all images, every image once."""
-    images, labels = (tensor[rank() :: world_size()] for tensor in (image_set.images, image_set.labels))
-    return zip(images.split(batch_size), labels.split(batch_size), strict=True)
+def eval_batches(image_set: ImageSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This process's share of all images, every image once: pixels, labels, and indices."""
+    images, labels = image_set.images, image_set.labels
+    tensors = images, labels, torch.arange(len(labels), device=labels.device)
+    return zip(*(tensor[rank() :: world_size()].split(batch_size) for tensor in tensors), strict=True)
 
 
 def sample_indices(num_images: int) -> Tensor:

@@ -137,6 +137,15 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
+def all_gather(rows: Tensor) -> Tensor:
+    """The rows (n ...) of all processes."""
+    if not dist.is_initialized():
+        return rows
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, rows)
+    return torch.cat(gathered)
+
+
 def all_reduce_max(value: int) -> int:
     """Maximum over all processes of a Python number."""
     if not dist.is_initialized():

@@ -1,6 +1,10 @@
-"""Loss and accuracy of a model on a dataset."""
+"""Loss and accuracy of a model on a dataset, and the report that --eval writes."""
 
-from collections.abc import Iterable
+import csv
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,24 +12,121 @@ from torch import Tensor
 
 from convit_min import ConViT
 from images import normalize
-from training.distributed import all_reduce_sum
+from training import checkpoint, distributed
+from training.distributed import UserError, print0
 from training.optim import autocast
+from weights import class_names, list_names, open_model
+
+
+class Predictions(NamedTuple):
+    """What a model predicts for every evaluation image, in the order of the images (n each, float64, on the CPU)."""
+
+    index: Tensor  # of the image
+    label: Tensor
+    predicted: Tensor  # the most likely class
+    probability: Tensor  # of that class
+    loss: Tensor  # cross-entropy
+    in_top5: Tensor  # 1 if the label is among the five most likely classes
+
+    def metrics(self) -> dict[str, float]:
+        """Mean loss, and top-1 and top-5 accuracy in percent."""
+        means = [column.mean().item() for column in (self.loss, 100.0 * self.is_correct, 100.0 * self.in_top5)]
+        return dict(zip(("test_loss", "test_accuracy", "test_accuracy_top5"), means, strict=True))
+
+    @property
+    def is_correct(self) -> Tensor:
+        return (self.label == self.predicted).double()
+
+    def confusion(self, num_classes: int) -> Tensor:
+        """How many images of each class (rows) are predicted as each class (columns): k k."""
+        pairs = (self.label * num_classes + self.predicted).long()
+        return pairs.bincount(minlength=num_classes**2).unflatten(0, (num_classes, num_classes))
 
 
 @torch.inference_mode()
-def evaluate(model: ConViT, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: str) -> dict:
-    """Mean cross-entropy, and top-1 and top-5 accuracy in percent, over the batches of all processes.
+def predict_all(model: ConViT, batches: Iterable, device: torch.device, amp: str) -> Predictions:
+    """Predictions for the batches of all processes.
 
-    Batches are pixels in 0..255 (b 3 H W) and labels (b), on the device; every image is in one batch of one process.
+    Batches are pixels in 0..255 (b 3 H W), labels (b), and indices of the images (b), on the device; every image is in
+    one batch of one process.
     """
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, correct, correct among the first five
-    for images, labels in batches:
+    rows = [torch.empty(0, len(Predictions._fields), dtype=torch.float64, device=device)]
+    for images, labels, indices in batches:
         with autocast(device, amp):
             logits = model(normalize(images))
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        totals += torch.stack([torch.full_like(loss, len(labels)), loss, hits[:, 0].sum(), hits.sum()])
-    num_images, loss, top1, top5 = all_reduce_sum(totals).tolist()
-    metrics = {"test_loss": loss / num_images, "test_accuracy": 100 * top1 / num_images}
-    return metrics | ({"test_accuracy_top5": 100 * top5 / num_images} if model.config.num_classes > 5 else {})
+        probabilities = logits.float().softmax(dim=1)
+        top_probabilities, top_classes = probabilities.topk(min(5, logits.shape[1]))
+        loss = F.cross_entropy(logits.float(), labels, reduction="none")
+        in_top5 = (top_classes == labels[:, None]).any(dim=1)
+        columns = [indices, labels, top_classes[:, 0], top_probabilities[:, 0], loss, in_top5]
+        rows.append(torch.stack([column.double() for column in columns], dim=1))
+    table = distributed.all_gather(torch.cat(rows).cpu())
+    return Predictions(*table[table[:, 0].argsort()].unbind(dim=1))
+
+
+def evaluate(model: ConViT, batches: Iterable, device: torch.device, amp: str) -> dict[str, float]:
+    """Mean cross-entropy, and top-1 and (of more than five classes) top-5 accuracy in percent; see `predict_all`."""
+    metrics = predict_all(model, batches, device, amp).metrics()
+    if model.config.num_classes <= 5:
+        del metrics["test_accuracy_top5"]
+    return metrics
+
+
+def evaluate_weights(config, load_data: Callable):
+    """Evaluate --weights, print the scores, and write eval.json (with --csv, also eval.csv) into the run folder.
+
+    The images are preprocessed as the weights file records, and matched with its classes by name. Raises UserError if
+    that is not possible.
+    """
+    device = distributed.init(config.device)
+    try:
+        model = open_model(config.weights).to(device)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    config.model, config.img_size = model.name, config.img_size or model.config.image_shape[0]
+    data = load_data(config, device, model.crop_pct)
+    label_map = match_classes(model, data.classes, config.weights).to(device)
+    batches = ((images, label_map[labels], indices) for images, labels, indices in data.eval_batches())
+    predictions = predict_all(model, batches, device, config.amp)
+    metrics = predictions.metrics()
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+    num_images = len(predictions.index)
+    print0(f"{config.weights}: {scores} ({num_images} {data.eval_split} images)")
+    if distributed.rank() > 0:
+        return
+
+    folder, classes = Path(config.run), model.classes
+    confusion = predictions.confusion(len(classes))
+    per_class = {
+        name: {"images": total, "test_accuracy": 100 * correct / total if total else None}
+        for name, total, correct in zip(classes, confusion.sum(1).tolist(), confusion.diag().tolist(), strict=True)
+    }
+    report = {"weights": config.weights, "data_dir": config.data_dir, "split": data.eval_split, "images": num_images}
+    report |= metrics | {"classes": per_class, "confusion": confusion.tolist()}  # rows: labels, columns: predictions
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(folder / "eval.json", json.dumps(report | {"provenance": checkpoint.provenance(device)}))
+    if config.csv:
+        with open(folder / "eval.csv", "w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["file", "class", "predicted", "probability", "loss"])
+            for index, label, predicted, probability, loss, _ in zip(*map(Tensor.tolist, predictions), strict=True):
+                name = data.eval_file(int(index))
+                rows.writerow([name, classes[int(label)], classes[int(predicted)], f"{probability:.4f}", f"{loss:.4f}"])
+
+
+def match_classes(model: ConViT, classes: list[str], source: str) -> Tensor:
+    """The index of every class in `model.classes`; without names in the weights file, classes match by order (k).
+
+    Raises UserError if a name, or without names their number, does not match.
+    """
+    if model.classes == class_names(len(model.classes)):  # the file has none
+        if len(classes) != len(model.classes):
+            raise UserError(f"{source} distinguishes {len(model.classes)} classes, but the images have {len(classes)}")
+        return torch.arange(len(classes))
+    if unknown := set(classes) - set(model.classes):
+        raise UserError(
+            f"{source} does not have the classes {list_names(unknown)}, but {list_names(model.classes)}: "
+            "rename the folders, or fine-tune it with --weights"
+        )
+    return torch.tensor([model.classes.index(name) for name in classes])

@@ -19,6 +19,7 @@ from images import center_crop, default_crop_pct, load_image, normalize, to_tens
 from training.augment import derive_seed
 from training.checkpoint import rerun
 from training.data import (
+    InMemoryData,
     epoch_order,
     find_images,
     find_splits,
@@ -41,10 +42,12 @@ class ImageFolderDataset(Dataset):
     then those of the next readable file.
     """
 
-    def __init__(self, files: list[Path], labels: Tensor, size: int, rand_augment: int | None = None):
-        """`rand_augment` is the magnitude of RandAugment (0..10) for training, None for evaluation."""
+    def __init__(
+        self, files: list[Path], labels: Tensor, size: int, rand_augment: int | None = None, crop_pct: float = 1.0
+    ):
+        """`rand_augment` is the magnitude of RandAugment (0..10) for training; None for evaluation, on `crop_pct`."""
         self.files = np.array([os.fsencode(file) for file in files])  # a single block, shared by forked workers
-        self.labels, self.size, self.rand_augment = labels, size, rand_augment
+        self.labels, self.size, self.rand_augment, self.crop_pct = labels, size, rand_augment, crop_pct
 
     def __len__(self) -> int:
         return len(self.files)
@@ -69,8 +72,7 @@ class ImageFolderDataset(Dataset):
     def read(self, file: Path) -> Tensor:
         """Decode a file and crop it for training or evaluation. Raises one of UNREADABLE for a damaged file."""
         if self.rand_augment is None:
-            crop_pct = default_crop_pct(self.size, self.size)
-            return to_tensor(center_crop(load_image(file), self.size, self.size, crop_pct))
+            return to_tensor(center_crop(load_image(file), self.size, self.size, self.crop_pct))
         image = random_resized_crop(file, self.size)
         if self.rand_augment > 0:  # bins 0..10, so that 9 is the m9 of DeiT's recipe
             image = RandAugment(2, self.rand_augment, num_magnitude_bins=11)(image)
@@ -80,22 +82,25 @@ class ImageFolderDataset(Dataset):
 class StreamedData:
     """The training and evaluation images of a run, decoded by worker processes ahead of time."""
 
-    def __init__(self, config, device: torch.device):
-        """Raises UserError, saying what to do, if folders are missing or unusable."""
+    def __init__(self, config, device: torch.device, crop_pct: float | None = None):
+        """Raises UserError, saying what to do, if folders are missing or unusable.
+
+        `crop_pct` is the fraction of the sides of an evaluation image that is kept, by default that of its size.
+        """
         size = config.img_size or MODELS[config.model].img_size
         val_suffices = config.eval and not config.val_fraction
         train, test = from_rank0(find_imagenet, Path(config.data_dir), val_suffices)
         self.config, self.device, self.classes = config, device, list(train)
+        self.crop_pct = crop_pct or default_crop_pct(size, size)
         self.train = ImageFolderDataset(*flatten_tree(train, self.classes), size, config.rand_augment)
-        self.test = ImageFolderDataset(*flatten_tree(test, self.classes), size)
+        self.test = ImageFolderDataset(*flatten_tree(test, self.classes), size, crop_pct=self.crop_pct)
         labels, indices = self.train.labels, torch.arange(len(self.train))
         if config.val_fraction:
             indices, val_indices = split_train_val(labels, config.val_fraction, config.seed)
             val_files = [self.train.path(index) for index in val_indices.tolist()]
-            self.test = ImageFolderDataset(val_files, labels[val_indices], size)
+            self.test = ImageFolderDataset(val_files, labels[val_indices], size, crop_pct=self.crop_pct)
         self.train_indices = indices[stratified_subset(labels[indices], config.data_fraction, config.seed)]
         self.num_train, self.eval_split = len(self.train_indices), "validation"
-        self.crop_pct = default_crop_pct(size, size)
         samples = [self.test[index, 0][0] for index in sample_indices(len(self.test)).tolist()]
         self.sample_images = normalize(torch.stack(samples).to(device))
         print0(f"{config.dataset} in {config.data_dir}: {self.num_train} training and {len(self.test)} validation "
@@ -110,11 +115,16 @@ class StreamedData:
         batches = [[(indices[position], seed + position) for position in shard.tolist()] for shard in shards]
         yield from self._load(self.train, batches, config.skip_bad_images)
 
-    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All evaluation images once, over all processes."""
-        keys = [(index, 0) for index in range(rank(), len(self.test), world_size())]
-        size = self.config.device_batch_size
-        return self._load(self.test, [keys[start : start + size] for start in range(0, len(keys), size)])
+    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All evaluation images once, over all processes: pixels, labels, and indices."""
+        indices = torch.arange(rank(), len(self.test), world_size()).split(self.config.device_batch_size)
+        batches = [[(index, 0) for index in batch.tolist()] for batch in indices]
+        for batch, (images, labels) in zip(indices, self._load(self.test, batches), strict=True):
+            yield images, labels, batch.to(self.device, non_blocking=True)
+
+    def eval_file(self, index: int) -> str:
+        """The file of an evaluation image."""
+        return str(self.test.path(index))
 
     def _load(self, dataset: Dataset, batches: list, skip_bad: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels on the device. Raises UserError for an unreadable file, unless they are to be skipped."""
@@ -130,6 +140,12 @@ class StreamedData:
                     raise RankError(f"{error}: {advice}, then {rerun(Path(self.config.run))}")
                 tqdm.write(f"{error}; the next one replaces it")
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+def load_data(config, device: torch.device, crop_pct: float | None = None) -> InMemoryData | StreamedData:
+    """The data of train_imagenet.py: synthetic patterns, or an image folder."""
+    data_class = InMemoryData if config.dataset == "patterns" else StreamedData
+    return data_class(config, device, crop_pct)
 
 
 def find_imagenet(root: Path, val_suffices: bool) -> tuple[dict, dict]:
