@@ -29,6 +29,18 @@ LEARNING_RATES = [2.5e-4, 5e-4, 1e-3]
 LR_FACTOR = 2  # extends the learning rates if the best is the lowest or the highest
 SEEDS = range(5)
 VARIANTS = {"gates-0.5": "--gating frozen --gate-init 0", "gates-0.73": "--gating frozen"}  # of ConViT, on 10%
+PATTERNS = "--dataset patterns --data-fraction 0.25 --epochs 20 --batch-size 32 --shift 0 --no-flip --amp bf16"
+PATTERN_SEEDS = range(3)
+PATTERN_ARMS = {
+    "learned": "",
+    "vit": "--gpsa-layers 0",
+    "gates-1": "--gating frozen --gate-init 20",
+    "gates-0.73": "--gating frozen",
+    "gates-0.5": "--gating frozen --gate-init 0",
+    "gate-lr-1": "--gate-lr-scale 1",
+    "gates-1-lr0.0003": "--gating frozen --gate-init 20 --lr 0.0003",  # does gates-1 only fail to optimize?
+    "gates-1-lr0.003": "--gating frozen --gate-init 20 --lr 0.003",
+}
 
 
 def tuning_name(model: str, fraction: float, lr: float) -> str:
@@ -70,6 +82,8 @@ def plan(records: dict[str, dict]) -> list[RunSpec]:
         add(name, model, fraction, best_lr[model, fraction], f"--seed {seed}", FULL_LENGTH)
     for seed, (name, variant) in product(SEEDS, VARIANTS.items()):
         add(f"{name}-10%-seed{seed}", "convit", 0.1, best_lr["convit", 0.1], variant, f"--seed {seed}", FULL_LENGTH)
+    for seed, (name, arm) in product(PATTERN_SEEDS, PATTERN_ARMS.items()):
+        runs.append(RunSpec(f"patterns-{name}-seed{seed}", [*PATTERNS.split(), *arm.split(), "--seed", str(seed)]))
     for seed, model in product(SEEDS, MODELS):
         name, lr = f"{model}-pool-mean-10%-seed{seed}", best_lr[model, 0.1]
         add(name, model, 0.1, lr, "--pool mean", f"--seed {seed}", FULL_LENGTH)
