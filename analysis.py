@@ -101,6 +101,7 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
     Returns a matplotlib Figure. Raises ValueError for an unreadable image, or a layer, head, or query that is out of
     range.
     """
+    import matplotlib.pyplot  # noqa: F401 (notebooks display figures only after this import)
     from matplotlib.figure import Figure  # not needed for statistics
     from matplotlib.patches import Rectangle
 

@@ -297,12 +297,12 @@ class ConViT(nn.Module):
         return (logits, attention) if return_attention else logits
 
 
-def resize_pos_embed(pos_embed: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:
-    """Interpolate a position embedding from one grid (Y, X) to another: 1 n c -> 1 n c."""
-    if not torch.compiler.is_exporting() and tuple(old_grid) == tuple(new_grid):  # exported graphs interpolate
+def resize_pos_embed(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Interpolate a position embedding from one grid (Y, X) to another, half types in float32: 1 n c -> 1 n c."""
+    if not torch.compiler.is_exporting() and tuple(old) == tuple(new):  # exported graphs interpolate
         return pos_embed
-    image = rearrange(pos_embed.double(), "1 (Y X) c -> 1 c Y X", Y=old_grid[0])  # half types cannot interpolate
-    image = F.interpolate(image, size=tuple(new_grid), mode="bicubic", antialias=True)
+    image = rearrange(pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float)), "1 (Y X) c -> 1 c Y X", Y=old[0])
+    image = F.interpolate(image, size=tuple(new), mode="bicubic", antialias=True)
     return rearrange(image, "1 c Y X -> 1 (Y X) c").to(pos_embed.dtype)
 
 

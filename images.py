@@ -1,44 +1,112 @@
 """Images as files and as model input: one decoder, one crop, one normalization for training, tools, and the viewer."""
 
+import contextlib
 import io
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel, for pixels in 0..1
+# formats that Pillow registers, but reads only with another program or a plugin, or only writes
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+MIN_SIZE = 768  # shorter side of an image, in pixels, to decode a JPEG to
 
 
-def load_image(file: str | Path | BinaryIO, min_size: int | None = None) -> Image.Image:
-    """Decode an image file to 8-bit RGB: EXIF orientation applied, transparency on white, 16 bits reduced to 8.
+@cache
+def image_formats() -> list[str]:
+    """The formats that Pillow decodes by itself."""
+    Image.init()
+    return [name for name in Image.ID if name not in NOT_DECODED]
 
-    With `min_size`, a JPEG may be decoded at reduced scale, which is faster, but no side gets shorter than that.
-    Raises ValueError if the file is not a readable image.
-    """
+
+@cache
+def image_extensions() -> set[str]:
+    """The file extensions of `image_formats`, in lower case and with the dot."""
+    return {extension for extension, name in Image.registered_extensions().items() if name not in NOT_DECODED}
+
+
+@contextlib.contextmanager
+def open_image(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    """Open an image file. Raises ValueError if it cannot be opened or, in the body, decoded: the message says why."""
+    name = file if isinstance(file, str | Path) else "the file"
     try:
-        with Image.open(file) as image:
-            if min_size:
-                image.draft(None, (min_size, min_size))
-            return to_rgb(image)
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} does not exist") from error
+        with Image.open(file, formats=image_formats()) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} {_unidentified(file)}") from error
+    except (Image.DecompressionBombError, MemoryError) as error:
+        limit = f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+        raise ValueError(f"{name} is too large to decode (the limit is {limit})") from error
     except Exception as error:  # decoders raise nearly any exception on a damaged file
-        raise ValueError(f"{file} is not a readable image") from error
+        if isinstance(error, OSError) and error.errno:  # from the file system, not from a decoder
+            raise ValueError(f"{name} cannot be opened: {error.strerror}") from error
+        raise ValueError(f"{name} is truncated or damaged ({error})") from error
+
+
+def _unidentified(file: str | Path | BinaryIO) -> str:
+    """Why Pillow does not identify a file, by its first bytes."""
+    with open(file, "rb") if isinstance(file, str | Path) else contextlib.nullcontext(file) as stream:
+        stream.seek(0)
+        start = stream.read(256)
+    if not start:
+        return "is empty"
+    prefix = start[:16].ljust(16, b"\0")
+    found = {name: result for name, (_, accept) in Image.OPEN.items() if accept and (result := accept(prefix))}
+    is_missing = found.keys() & NOT_DECODED or str in map(type, found.values())  # a str: Pillow lacks the decoder
+    if is_missing or (not found and (prefix[4:8] == b"ftyp" or b"<svg" in start)):  # ftyp: HEIC
+        return "has an unsupported format: convert it to JPEG or PNG"
+    return "has a damaged header or an unsupported variant of its format" if found else "is not an image"
+
+
+def load_image(file: str | Path | BinaryIO, min_size: int = MIN_SIZE) -> Image.Image:
+    """Decode an image file to 8-bit RGB; see `to_rgb`.
+
+    A large JPEG is decoded at the smallest of its built-in scales (1/2, 1/4, 1/8) that leaves `min_size` pixels on
+    each side, which is faster. Raises ValueError like `open_image`.
+    """
+    with open_image(file) as image:
+        image.draft(None, (min_size, min_size))
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any image to 8-bit RGB, as `load_image` does."""
+    """Convert any image to 8-bit RGB: EXIF orientation applied, transparency on white.
+
+    Integers of more than 8 bits are reduced to their upper 8 of 16. Floats are taken to be in 0..1 if none reaches 2,
+    in 0..255 if none exceeds 255, and else in 0..65535. Values out of range are clipped; NaN is black.
+    """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    if image.mode[0] in "IF":  # 16- or 32-bit integers, or floats
+        pixels = np.asarray(image)
+        peak = pixels.max(where=np.isfinite(pixels), initial=0)
+        scale = 1 / 256 if image.mode[0] == "I" or peak > 255 else 1 if peak >= 2 else 255
+        image = Image.fromarray(np.nan_to_num((pixels * scale).clip(0, 255)).astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
     background = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(background, image).convert("RGB")
+
+
+def load_crop(image, height: int, width: int, crop_pct: float) -> Tensor:
+    """The center crop of an image for evaluation (uint8, 3 H W).
+
+    `image` is a path, the bytes of a file, a PIL image, or an array (H W 3, uint8). Raises ValueError like
+    `open_image`.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    elif isinstance(image, bytes):
+        image = io.BytesIO(image)
+    min_size = max(MIN_SIZE, 2 * max(height, width))
+    image = to_rgb(image) if isinstance(image, Image.Image) else load_image(image, min_size)
+    return to_tensor(center_crop(image, height, width, crop_pct))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -49,15 +117,9 @@ def to_tensor(image: Image.Image) -> Tensor:
 def preprocess(model, image) -> Tensor:
     """An image as input of a model from `weights.open_model`: cropped as in its evaluation, and normalized (1 3 H W).
 
-    `image` is a path, the bytes of a file, a PIL image, or an array (H W 3, uint8). Raises ValueError if it is
-    unreadable.
+    `image` is anything that `load_crop` takes. Raises ValueError if it is unreadable.
     """
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    elif isinstance(image, bytes):
-        image = io.BytesIO(image)
-    image = to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
-    return normalize(to_tensor(center_crop(image, *model.config.image_shape, model.crop_pct))[None])
+    return normalize(load_crop(image, *model.config.image_shape, model.crop_pct)[None])
 
 
 def center_crop(image: Image.Image, height: int, width: int, crop_pct: float = 1.0) -> Image.Image:
@@ -74,7 +136,13 @@ def default_crop_pct(height: int, width: int) -> float:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Normalize pixels in 0..255 (b 3 H W, any dtype) by ImageNet's mean and standard deviation, as models expect."""
+    """Normalize pixels in 0..255 (b c H W, any dtype) by ImageNet's mean and standard deviation, as models expect.
+
+    A single channel, grayscale, is normalized by their averages over RGB. Raises ValueError if c is neither 1 nor 3.
+    """
+    if images.shape[-3] not in (1, 3):
+        raise ValueError(f"images of {images.shape[-3]} channels have no mean and standard deviation: expected 1 or 3")
+    mean, std = (MEAN, STD) if images.shape[-3] == 3 else ([sum(MEAN) / 3], [sum(STD) / 3])
     # Python floats, channel by channel: tensors of constants would have to be copied to the GPU
-    channels = zip(images.unbind(dim=-3), MEAN, STD, strict=True)
+    channels = zip(images.unbind(dim=-3), mean, std, strict=True)
     return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=-3)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import unicodedata
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -95,7 +96,7 @@ def read_weights(source: str) -> Weights:
         raise ValueError(f"{source} contains no weights")
     if config is None:
         return Weights(state, None, [], 0, None)
-    classes = [str(name) for name in record.get("classes", [])]
+    classes = [unicodedata.normalize("NFC", str(name)) for name in record.get("classes", [])]
     return Weights(state, config, classes, int(record.get("epoch", 0)), record.get("crop_pct"))
 
 

@@ -18,8 +18,8 @@ from benchmarks.timing import benchmark_parser, time_interleaved, write_results
 from images import normalize
 from training.augment import random_crop, random_erasing, random_hflip
 from training.checkpoint import provenance
-from training.data import find_images
 from training.distributed import UserError
+from training.folders import find_images
 from training.image_folder import ImageFolderDataset, decode_crop
 
 SIZE = 224  # pixels
@@ -74,6 +74,7 @@ def main():
     except UserError as error:
         parser.error(str(error))
 
+    header = provenance(torch.device("cpu")) | {"images": len(files), "size": SIZE}
     seconds = time_loading(files)
     rows = {
         "torchvision's transforms, in the worker": seconds["torchvision"],
@@ -92,7 +93,6 @@ def main():
     speedup_without_randaugment = seconds["torchvision"] / seconds["no RandAugment"]
     lines.append(f"\nIn the worker, our loader is {speedup:.2f} times as fast as torchvision's transforms, "
                  f"and {speedup_without_randaugment:.2f} times without RandAugment.\n")  # fmt: skip
-    header = provenance(torch.device("cpu")) | {"images": len(files), "size": SIZE}
     write_results(args.out, "data_loading", header, "\n".join(lines), {"seconds": rows})
 
 

@@ -5,18 +5,20 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONFIG, ROOT, perturb
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
 
-from convit_min import GPSA, MODELS, ConViT, ConViTConfig, create_model, kernel_shape
+from convit_min import GPSA, MODELS, ConViT, ConViTConfig, create_model, kernel_shape, resize_pos_embed
+from images import normalize
+from training.checkpoint import save_weights
 from training.config import freeze_gpsa
-from weights import load_weights
+from weights import load_weights, open_model
 
 PARAMETERS = {  # the authors' models, 1000 classes
     "convit_tiny": 5_710_512,
@@ -263,19 +265,17 @@ def test_compile_matches_eager():
         torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=0)
 
 
-def test_export_takes_any_batch_and_size():
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_traced_model_takes_another_batch():
     model = perturb(ConViT(small_config()))
-    rows, columns = (Dim(name, min=2, max=16) for name in ("rows", "columns"))
-    dynamic_shapes = ({0: Dim("b"), 2: 4 * rows, 3: 4 * columns},)
-    exported = torch.export.export(model, (torch.randn(2, 3, 20, 28),), dynamic_shapes=dynamic_shapes).module()
-    for shape in ((2, 3, 20, 28), (5, 3, 32, 16)):
-        images = torch.randn(shape)
-        with torch.no_grad():
-            torch.testing.assert_close(exported(images), model(images), atol=1e-5, rtol=0)
+    traced = torch.jit.trace(model, torch.randn(2, 3, 20, 28))
+    images = torch.randn(5, 3, 20, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(images), model(images))
 
 
 def test_float64_is_float64_throughout():
-    """Finite differences, which float32 would not resolve, against the gradient of v_pos."""
+    """Finite differences, which float32 would not resolve, against the gradients of v_pos and the resized pos_embed."""
     attn = perturb(ConViT(small_config(dim=9))).blocks[0].attn.double()
     x = torch.randn(1, 6, 9, dtype=torch.float64)
 
@@ -283,6 +283,8 @@ def test_float64_is_float64_throughout():
         return torch.func.functional_call(attn, {"pos_proj.weight": v_pos}, (x, (2, 3)))[0]
 
     assert torch.autograd.gradcheck(output, torch.randn(9, 3, dtype=torch.float64, requires_grad=True))
+    pos_embed = torch.randn(1, 6, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda pos_embed: resize_pos_embed(pos_embed, (2, 3), (3, 2)), pos_embed)
 
 
 def test_half_precision_at_a_different_size():
@@ -292,6 +294,25 @@ def test_half_precision_at_a_different_size():
         for dtype in (torch.float16, torch.bfloat16):
             error = (model.to(dtype)(images.to(dtype)) - expected).abs().max()
             assert error < 0.05 * expected.abs().max()
+
+
+def test_grayscale_images():
+    pixels = torch.randint(256, (2, 1, 20, 28), dtype=torch.uint8)
+    images = normalize(pixels)
+    torch.testing.assert_close(images, (pixels / 255 - 0.449) / 0.226)  # the averages of ImageNet's mean and std
+    assert ConViT(small_config(in_chans=1))(images).shape == (2, 5)
+    with pytest.raises(ValueError, match="4 channels"):
+        normalize(torch.zeros(1, 4, 20, 28))
+
+
+@pytest.mark.parametrize("size", [[20, 28], (np.int64(20), np.int32(28)), np.int64(20)])
+def test_sizes_may_be_lists_or_numpy_integers(size, tmp_path):
+    trained = perturb(ConViT(small_config(img_size=size)))
+    save_weights(trained, list("abcde"), 1.0, 1, tmp_path / "weights.pt")
+    opened, images = open_model(tmp_path / "weights.pt"), torch.randn(1, 3, *trained.config.image_shape)
+    assert opened.config.image_shape == trained.config.image_shape
+    with torch.no_grad():
+        assert torch.equal(opened(images), trained(images))
 
 
 @pytest.mark.parametrize("pool", ["token", "mean"])

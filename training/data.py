@@ -1,34 +1,32 @@
-"""Datasets that fit in memory: CIFAR, folders of small images, and patterns, as uint8 tensors on the device."""
+"""Datasets in memory (CIFAR, folders of small images, patterns), and what all datasets share: splits and order."""
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision import datasets
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from convit_min import MODELS
-from images import center_crop, default_crop_pct, load_image, normalize, to_tensor
+from images import default_crop_pct, load_crop, normalize
 from training.augment import derive_seed
-from training.distributed import UserError, barrier, local_rank, print0, rank, world_size
+from training.distributed import UserError, barrier, from_rank0, local_rank, print0, rank, world_size
+from training.folders import SPLITS, describe_missing, find_images, find_split, has_class_folders
 from training.patterns import TEXTURES, patterns
 from weights import list_names
 
-CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
-DATASETS = [*CIFAR, "folder", "patterns"]
+DATASETS = ["cifar10", "cifar100", "folder", "patterns"]
 NUM_SAMPLES = 64  # images on which the heads are measured every epoch
 
 
 class ImageSet(NamedTuple):
-    """Labeled images of one size."""
+    """Labeled images of one size, or image files to decode."""
 
-    images: Tensor  # uint8, n 3 H W
+    images: Tensor | None  # uint8, n 3 H W; None before decoding
     labels: Tensor  # int64, n
     classes: list[str]
     files: list[Path] | None = None  # if they come from files
@@ -39,8 +37,8 @@ class ImageSet(NamedTuple):
     def select(self, index: Tensor) -> "ImageSet":
         """The images of these indices."""
         files = self.files and [self.files[position] for position in index.tolist()]
-        index = index.to(self.images.device)
-        return self._replace(images=self.images[index], labels=self.labels[index], files=files)
+        images = None if self.images is None else self.images[index.to(self.images.device)]
+        return self._replace(images=images, labels=self.labels[index.to(self.labels.device)], files=files)
 
 
 class InMemoryData:
@@ -52,27 +50,25 @@ class InMemoryData:
         `crop_pct` is the fraction of the sides of an evaluation image that is kept, by default that of its size.
         """
         config.dataset = config.dataset or infer_dataset(config.data_dir, type(config).data_dir)
-        img_size = config.img_size or MODELS[config.model].img_size
-        crop_pct = crop_pct or default_crop_pct(img_size, img_size)
-        train, test = load_datasets(config.dataset, config.data_dir, img_size, device, config.workers, crop_pct)
-        if config.val_fraction:
-            train, test = map(train.select, split_train_val(train.labels.cpu(), config.val_fraction, config.seed))
-        if config.data_fraction < 1:
-            train = train.select(stratified_subset(train.labels.cpu(), config.data_fraction, config.seed))
-        self.config, self.train, self.test = config, train, test
-        self.classes, self.num_train = train.classes, len(train.labels)
-        self.crop_pct = crop_pct if config.dataset == "folder" else 1.0
-        self.sample_images = normalize(test.select(sample_indices(len(test.labels))).images)
-        self.eval_split = "validation" if config.val_fraction else "test"
-        print0(f"{config.dataset} in {config.data_dir}: {self.num_train} training and {len(test.labels)} "
-               f"{self.eval_split} images of {len(self.classes)} classes; {config.model}, {device}")  # fmt: skip
+        size = config.img_size or MODELS[config.model].img_size
+        is_folder = config.dataset == "folder"
+        self.config, self.crop_pct = config, (crop_pct or default_crop_pct(size, size)) if is_folder else 1.0
+        if is_folder:
+            train, test = from_rank0(find_image_sets, config, ("test", "val", "valid"))
+        else:
+            train, test = split_sets(config, lambda split: load_images(config, split, size))
+        set_counts(self, train, test, device)
+        if is_folder:  # training sees all of the center
+            train, test = decode(train, size, config), decode(test, size, config, self.crop_pct)
+        self.train, self.test = train.to(device), test.to(device)
+        self.sample_images = normalize(self.test.select(sample_indices(len(test.labels))).images)
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels in 0..255 (b 3 H W) and labels (b) of this process, for every step of an epoch from `first_step`."""
-        length = self.config.epoch_length(self.num_train)
-        order = epoch_order(self.num_train, self.config.seed, epoch, length=length).to(self.train.labels.device)
+        labels = self.train.labels
+        order = epoch_order(len(labels), self.config.seed, epoch, length=self.epoch_length).to(labels.device)
         for indices in shard_batches(order, self.config.batch_size, first_step):
-            yield self.train.images[indices], self.train.labels[indices]
+            yield self.train.images[indices], labels[indices]
 
     def eval_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All evaluation images once, over all processes: pixels, labels, and indices."""
@@ -83,141 +79,153 @@ class InMemoryData:
         return str(self.test.files[index] if self.test.files else index)
 
 
-def load_datasets(
-    dataset: str, data_dir: str, img_size: int, device: torch.device, workers: int = 1, crop_pct: float = 1.0
-) -> tuple[ImageSet, ImageSet]:
-    """The training and the test set, on the device. Raises UserError if images are missing or unusable."""
-    if dataset == "folder":
-        train, test = load_folder(Path(data_dir), img_size, workers, crop_pct)
-    elif dataset == "patterns":
-        train, test = load_patterns(img_size)
+def set_counts(data, train: ImageSet, test: ImageSet, device: torch.device):
+    """Set the attributes of a run's data that follow from its image sets, unreadable files included; print them."""
+    config = data.config
+    data.classes, data.num_train, data.num_eval = train.classes, len(train.labels), len(test.labels)
+    data.epoch_length = config.epoch_length(data.num_train)  # in images
+    data.eval_split = "validation" if config.val_fraction or config.dataset == "imagenet" else "test"
+    training = "" if config.eval else f"{data.num_train} training and "
+    print0(f"{config.dataset} in {config.data_dir}: {training}{data.num_eval} {data.eval_split} images of "
+           f"{len(data.classes)} classes; {config.model}, {device}")  # fmt: skip
+
+
+def split_sets(config, load: Callable[[str], ImageSet]) -> tuple[ImageSet, ImageSet]:
+    """The training and the evaluation set after --val-fraction and --data-fraction; with --eval, the first is empty.
+
+    `load` returns the "train" or the "test" set; neither is loaded if it is not needed. Raises UserError if the
+    classes are too few, or differ.
+    """
+    if config.eval and not config.val_fraction:
+        test = load("test")
+        return test.select(torch.arange(0)), test
+    train = load("train")
+    if len(train.classes) < 2:
+        raise UserError(f"the images of {config.data_dir} have a single class, {train.classes[0]}; two are needed")
+    if config.val_fraction:
+        train, test = map(train.select, split_train_val(train.labels, config.val_fraction, config.seed))
     else:
-        train, test = load_cifar(dataset, data_dir, img_size)
-    return train.to(device), test.to(device)
+        test = align_classes(load("test"), train.classes, config.data_dir)
+    if config.eval:
+        train = train.select(torch.arange(0))
+    elif config.data_fraction < 1:
+        train = train.select(stratified_subset(train.labels, config.data_fraction, config.seed))
+    return train, test
+
+
+def align_classes(test: ImageSet, classes: list[str], data_dir: str) -> ImageSet:
+    """An evaluation set with labels that index the classes of training. Raises UserError if it has other classes."""
+    if unknown := set(test.classes) - set(classes):
+        raise UserError(f"the evaluation images of {data_dir} have classes that are missing from the training images: "
+                        f"{list_names(unknown)}")  # fmt: skip
+    if missing := set(classes) - set(test.classes):
+        print0(f"note: {data_dir} has no evaluation images of {list_names(missing)}")
+    indices = torch.tensor([classes.index(name) for name in test.classes])
+    return test._replace(labels=indices[test.labels], classes=classes)
 
 
 def infer_dataset(data_dir: str, default_dir: str) -> str:
-    """Return "folder" if data_dir contains train/, "cifar10" if it contains CIFAR-10 or is the default folder.
+    """Return "folder" if data_dir contains image folders, "cifar10" if it contains CIFAR-10 or is the default folder.
 
     Raises UserError for any other folder, which is probably a typo.
     """
-    if (Path(data_dir) / "train").is_dir():
+    root = Path(data_dir)
+    if any(os.path.isdir(root / split) for split in SPLITS) or has_class_folders(root):
         return "folder"
-    if data_dir == default_dir or (Path(data_dir) / CIFAR["cifar10"].base_folder).is_dir():
+    if data_dir == default_dir or os.path.isdir(root / cifar_class("cifar10").base_folder):
         return "cifar10"
-    raise UserError(f"{data_dir} does not contain train/CLASS/*; to download CIFAR-10 there, add --dataset cifar10")
+    raise UserError(describe_missing(root))
 
 
-def load_cifar(dataset: str, data_dir: str, img_size: int = 32) -> tuple[ImageSet, ImageSet]:
+def cifar_class(dataset: str | None) -> type | None:
+    """torchvision's class of a CIFAR dataset; None for any other dataset."""
+    from torchvision import datasets  # slow to import
+
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}.get(dataset)
+
+
+def load_images(config, split: str, img_size: int) -> ImageSet:
+    """The "train" or the "test" set of CIFAR or of the synthetic patterns dataset (20,000 and 2,000 images)."""
+    if config.dataset != "patterns":
+        return load_cifar(config.dataset, config.data_dir, split, img_size)
+    images, labels = patterns(20_000 if split == "train" else 2_000, split)
+    return ImageSet(resize(images, img_size), labels, TEXTURES)
+
+
+def load_cifar(dataset: str, data_dir: str, split: str, img_size: int = 32) -> ImageSet:
     """CIFAR-10 or CIFAR-100; torchvision downloads and verifies it if data_dir does not contain it."""
     if local_rank() > 0:
         barrier()  # local rank 0 downloads
-    sets = []
-    for train in (True, False):
-        try:
-            cifar = CIFAR[dataset](data_dir, train=train, download=True)
-        except (OSError, RuntimeError) as error:  # no network, a refused download, a damaged archive
-            raise UserError(
-                f"{dataset} is not in {data_dir} and could not be downloaded ({error}); put its archive there, "
-                "or train on your own images with --data-dir DIR (DIR/train/CLASS/*, DIR/test/CLASS/*)"
-            ) from error
-        images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-        sets.append(ImageSet(resize(images, img_size), torch.tensor(cifar.targets), cifar.classes))
+    try:
+        cifar = cifar_class(dataset)(data_dir, train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:  # no network, a refused download, a damaged archive
+        raise UserError(
+            f"{dataset} is not in {data_dir} and could not be downloaded ({error}); put its archive there, "
+            "or train on your own images with --data-dir DIR (DIR/train/CLASS/*, DIR/test/CLASS/*)"
+        ) from error
     if local_rank() == 0:
         barrier()
-    return sets[0], sets[1]
-
-
-def load_patterns(img_size: int) -> tuple[ImageSet, ImageSet]:
-    """The synthetic patterns dataset: 20,000 training and 2,000 test images."""
-    sets = []
-    for count, split in ((20_000, "train"), (2_000, "test")):
-        images, labels = patterns(count, split)
-        sets.append(ImageSet(resize(images, img_size), labels, TEXTURES))
-    return sets[0], sets[1]
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(resize(images, img_size), torch.tensor(cifar.targets), cifar.classes)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
     """Square images (... 3 H H) resized to size x size."""
     if images.shape[-1] == size:
         return images
+    from torchvision.transforms import v2  # slow to import
+
     chunks = images.split(1000)  # resizing takes four bytes per uint8 pixel
     return torch.cat([v2.functional.resize(chunk, [size, size]) for chunk in chunks])
 
 
-def load_folder(root: Path, img_size: int, workers: int = 1, crop_pct: float = 1.0) -> tuple[ImageSet, ImageSet]:
-    """A tree train/CLASS/* and test/CLASS/* or val/CLASS/*; images are center-cropped to squares of img_size.
+def find_image_sets(config, eval_splits: tuple[str, ...]) -> tuple[ImageSet, ImageSet]:
+    """The files of --data-dir as `split_sets` returns them; evaluation is on the first of `eval_splits` that exists.
 
-    Of evaluation images, the fraction `crop_pct` of the sides is kept.
+    Raises UserError, saying what to do, if folders are missing or unusable.
     """
-    train, test = find_splits(root)
-    if train.keys() != test.keys():
-        unmatched = list_names(train.keys() ^ test.keys())
-        raise UserError(f"the training and test sets of {root} must have the same classes; unmatched: {unmatched}")
-    return decode(train, img_size, workers, "train"), decode(test, img_size, workers, "test", crop_pct)
+
+    def load(split: str) -> ImageSet:
+        tree = find_images(find_split(config, split, eval_splits))
+        labels = torch.arange(len(tree)).repeat_interleave(torch.tensor([len(files) for files in tree.values()]))
+        return ImageSet(None, labels, list(tree), [file for files in tree.values() for file in files])
+
+    return split_sets(config, load)
 
 
-def find_splits(root: Path, eval_splits: tuple[str, str] = ("test", "val")) -> tuple[dict, dict]:
-    """Image files by class in train/ and in the first of `eval_splits` that exists.
+def decode(image_set: ImageSet, img_size: int, config, crop_pct: float = 1.0) -> ImageSet:
+    """Decode all files, in parallel, and center-crop them to squares of img_size.
 
-    Raises UserError for folders that cannot be trained on.
+    Raises UserError for files that cannot be read; with --skip-bad-images, they are left out, with a note.
     """
-    train_dir = root / "train"
-    test_dir = root / eval_splits[0] if (root / eval_splits[0]).is_dir() else root / eval_splits[1]
-    if not (train_dir.is_dir() and test_dir.is_dir()):
-        raise UserError(f"{root} must contain train/CLASS/* and test/CLASS/* (or val/CLASS/*)")
-    train, test = find_images(train_dir), find_images(test_dir)
-    if len(train) < 2:
-        raise UserError(f"{train_dir} contains a single class, {next(iter(train))}; at least two are needed")
-    if not test.keys() <= train.keys():
-        unknown = list_names(test.keys() - train.keys())
-        raise UserError(f"{test_dir} has classes that are missing from {train_dir}: {unknown}")
-    return train, test
-
-
-def find_images(folder: Path) -> dict[str, list[Path]]:
-    """The files of every class folder, both sorted by name; hidden files are skipped. Raises UserError."""
-    try:
-        classes = {
-            entry.name: sorted(
-                Path(file.path) for file in os.scandir(entry) if file.is_file() and not file.name.startswith(".")
-            )
-            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)  # faster than Path for 1.3M files
-            if entry.is_dir() and not entry.name.startswith(".")
-        }
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
-    if not classes:
-        raise UserError(f"{folder} contains no class folders; put the images into {folder}/CLASS/")
-    for name, files in classes.items():
-        if not files:
-            raise UserError(f"{folder / name} contains no images; add some, or remove the folder")
-    return classes
-
-
-def flatten_tree(tree: dict[str, list[Path]], classes: list[str]) -> tuple[list[Path], Tensor]:
-    """The files of a tree, class by class, and their labels (n); a class may be empty."""
-    files = [file for name in classes for file in tree.get(name, [])]
-    return files, torch.tensor([label for label, name in enumerate(classes) for _ in tree.get(name, [])])
-
-
-def decode(tree: dict[str, list[Path]], img_size: int, workers: int, split: str, crop_pct: float = 1.0) -> ImageSet:
-    """Decode all images, in parallel, into one uint8 tensor. Raises UserError for a file that is not an image."""
-    files, labels = flatten_tree(tree, list(tree))
+    files = image_set.files
     images = torch.empty(len(files), 3, img_size, img_size, dtype=torch.uint8)
 
-    def read(index: int):
-        images[index] = to_tensor(center_crop(load_image(files[index]), img_size, img_size, crop_pct))
-
-    with ThreadPoolExecutor(max(workers, 1)) as pool:  # Pillow releases the GIL while it decodes
-        results = pool.map(read, range(len(files)))
+    def read(index: int) -> str:
         try:
-            for _ in tqdm(results, f"reading {split}", len(files), leave=False, disable=None):
-                pass
+            images[index] = load_crop(files[index], img_size, img_size, crop_pct)
         except ValueError as error:
-            pool.shutdown(cancel_futures=True)
-            raise UserError(f"{error}; repair or remove it") from error
-    return ImageSet(images, labels, list(tree), files)
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(max(config.workers, 1)) as pool:  # Pillow releases the GIL while it decodes
+        results = pool.map(read, range(len(files)))
+        errors = list(tqdm(results, "reading images", len(files), leave=False, disable=None))
+    image_set = image_set._replace(images=images)
+    bad = [error for error in errors if error]
+    if not bad:
+        return image_set
+    message = f"{len(bad)} of {len(files)} images cannot be read: {list_names(bad)}"
+    if not config.skip_bad_images or len(bad) == len(files):
+        raise UserError(f"{message}; {remedy(config)}")
+    print0(f"note: {message}; they are left out")
+    return image_set.select(torch.tensor([not error for error in errors]).nonzero()[:, 0])
+
+
+def remedy(config) -> str:
+    """What to do about unreadable images."""
+    repair = f"repair {'' if config.val_fraction else 'or remove '}such files"  # without them, the split is another
+    return repair if config.skip_bad_images else f"{repair}, or leave them out with --skip-bad-images"
 
 
 def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:

@@ -4,6 +4,7 @@ import math
 import os
 import signal
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,35 +12,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import RandAugment, RandomResizedCrop
 from tqdm import tqdm
 
 from convit_min import MODELS
-from images import center_crop, default_crop_pct, load_image, normalize, to_tensor
+from images import default_crop_pct, load_crop, normalize, open_image, to_rgb, to_tensor
 from training.augment import derive_seed
 from training.checkpoint import rerun
-from training.data import (
-    InMemoryData,
-    epoch_order,
-    find_images,
-    find_splits,
-    flatten_tree,
-    sample_indices,
-    shard_batches,
-    split_train_val,
-    stratified_subset,
-)
-from training.distributed import RankError, UserError, from_rank0, print0, rank, world_size
+from training.data import InMemoryData, epoch_order, find_image_sets, remedy, sample_indices, set_counts, shard_batches
+from training.distributed import RankError, from_rank0, rank, world_size
 
 ORIENTATION = 0x0112  # EXIF tag
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a damaged file
+MAX_SKIPPED = 1000  # unreadable files in a row, as if a disk is gone
 
 
 class ImageFolderDataset(Dataset):
-    """Labeled image files, decoded on demand: an item is an image (uint8, 3 size size), its label, and an error.
+    """Labeled image files, decoded on demand: an item is an image (uint8, 3 size size), its label, index, and an error.
 
-    Items are requested by (index, seed). The error is empty, or names a file that cannot be read; image and label are
-    then those of the next readable file.
+    Items are requested by (index, seed). The error is empty, or says why a file cannot be read; image and label are
+    then those of the next readable file, or the label is -1 if there is none among the next MAX_SKIPPED.
     """
 
     def __init__(
@@ -48,33 +38,38 @@ class ImageFolderDataset(Dataset):
         """`rand_augment` is the magnitude of RandAugment (0..10) for training; None for evaluation, on `crop_pct`."""
         self.files = np.array([os.fsencode(file) for file in files])  # a single block, shared by forked workers
         self.labels, self.size, self.rand_augment, self.crop_pct = labels, size, rand_augment, crop_pct
+        if rand_augment is not None:
+            import torchvision.transforms  # noqa: F401  slow: once here, before workers are forked
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, str]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, str]:
         first, seed = key
-        torch.manual_seed(seed)
-        for attempt in range(len(self.files)):
-            index = (first + attempt) % len(self.files)
+        error, attempts = "", min(len(self), MAX_SKIPPED)
+        for index in range(first, first + attempts):
+            torch.manual_seed(seed)
             try:
-                image = self.read(self.path(index))
-            except UNREADABLE:
+                image = self.read(self.path(index % len(self)))
+            except ValueError as reason:
+                error = error or str(reason)
                 continue
-            error = "" if attempt == 0 else f"{self.path(first)} is not a readable image"
-            return image, int(self.labels[index]), error
-        raise UserError("none of the images can be read")
+            return image, int(self.labels[index % len(self)]), first, error
+        error = f"none of {attempts} files in a row can be read: {error}"
+        return torch.empty(3, self.size, self.size, dtype=torch.uint8), -1, first, error
 
     def path(self, index: int) -> Path:
         """The file of an image."""
         return Path(os.fsdecode(self.files[index]))
 
     def read(self, file: Path) -> Tensor:
-        """Decode a file and crop it for training or evaluation. Raises one of UNREADABLE for a damaged file."""
+        """Decode a file and crop it for training or evaluation. Raises ValueError if it cannot be read."""
         if self.rand_augment is None:
-            return to_tensor(center_crop(load_image(file), self.size, self.size, self.crop_pct))
+            return load_crop(file, self.size, self.size, self.crop_pct)
         image = random_resized_crop(file, self.size)
         if self.rand_augment > 0:  # bins 0..10, so that 9 is the m9 of DeiT's recipe
+            from torchvision.transforms import RandAugment
+
             image = RandAugment(2, self.rand_augment, num_magnitude_bins=11)(image)
         return to_tensor(image)
 
@@ -88,80 +83,74 @@ class StreamedData:
         `crop_pct` is the fraction of the sides of an evaluation image that is kept, by default that of its size.
         """
         size = config.img_size or MODELS[config.model].img_size
-        val_suffices = config.eval and not config.val_fraction
-        train, test = from_rank0(find_imagenet, Path(config.data_dir), val_suffices)
-        self.config, self.device, self.classes = config, device, list(train)
+        self.config, self.device = config, device
         self.crop_pct = crop_pct or default_crop_pct(size, size)
-        self.train = ImageFolderDataset(*flatten_tree(train, self.classes), size, config.rand_augment)
-        self.test = ImageFolderDataset(*flatten_tree(test, self.classes), size, crop_pct=self.crop_pct)
-        labels, indices = self.train.labels, torch.arange(len(self.train))
-        if config.val_fraction:
-            indices, val_indices = split_train_val(labels, config.val_fraction, config.seed)
-            val_files = [self.train.path(index) for index in val_indices.tolist()]
-            self.test = ImageFolderDataset(val_files, labels[val_indices], size, crop_pct=self.crop_pct)
-        self.train_indices = indices[stratified_subset(labels[indices], config.data_fraction, config.seed)]
-        self.num_train, self.eval_split = len(self.train_indices), "validation"
-        samples = [self.test[index, 0][0] for index in sample_indices(len(self.test)).tolist()]
-        self.sample_images = normalize(torch.stack(samples).to(device))
-        print0(f"{config.dataset} in {config.data_dir}: {self.num_train} training and {len(self.test)} validation "
-               f"images of {len(self.classes)} classes; {config.model}, {device}")  # fmt: skip
+        train, test = from_rank0(find_image_sets, config, ("val", "valid", "test"))
+        set_counts(self, train, test, device)
+        self.train = ImageFolderDataset(train.files, train.labels, size, config.rand_augment)
+        self.test = ImageFolderDataset(test.files, test.labels, size, crop_pct=self.crop_pct)
+        self.reported = set()  # errors
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels in 0..255 (b 3 H W) and labels (b) of this process, for every step of an epoch from `first_step`."""
-        config, length = self.config, self.config.epoch_length(self.num_train)
-        order = epoch_order(self.num_train, config.seed, epoch, config.aug_repeats, length)
-        indices, seed = self.train_indices[order].tolist(), derive_seed(config.seed, "images", epoch)
+        config, length = self.config, self.epoch_length
+        order = epoch_order(self.num_train, config.seed, epoch, config.aug_repeats, length).tolist()
+        seed = derive_seed(config.seed, "images", epoch)
         shards = shard_batches(torch.arange(length), config.batch_size, first_step)
-        batches = [[(indices[position], seed + position) for position in shard.tolist()] for shard in shards]
-        yield from self._load(self.train, batches, config.skip_bad_images)
+        batches = [[(order[position], seed + position) for position in shard.tolist()] for shard in shards]
+        for images, labels, _ in self._load(self.train, batches):
+            yield images, labels
 
     def eval_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All evaluation images once, over all processes: pixels, labels, and indices."""
-        indices = torch.arange(rank(), len(self.test), world_size()).split(self.config.device_batch_size)
-        batches = [[(index, 0) for index in batch.tolist()] for batch in indices]
-        for batch, (images, labels) in zip(indices, self._load(self.test, batches), strict=True):
-            yield images, labels, batch.to(self.device, non_blocking=True)
+        return self._load_test(torch.arange(self.num_eval)[rank() :: world_size()])
 
     def eval_file(self, index: int) -> str:
         """The file of an evaluation image."""
         return str(self.test.path(index))
 
-    def _load(self, dataset: Dataset, batches: list, skip_bad: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels on the device. Raises UserError for an unreadable file, unless they are to be skipped."""
-        pin = self.device.type == "cuda"
-        workers = self.config.workers
+    @cached_property
+    def sample_images(self) -> Tensor:
+        """Evaluation images on which the heads are measured, normalized."""
+        return normalize(torch.cat([images for images, *_ in self._load_test(sample_indices(self.num_eval))]))
+
+    def _load_test(self, indices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        batches = indices.split(self.config.device_batch_size)  # an empty one if there are fewer images than processes
+        return self._load(self.test, [[(index, 0) for index in batch.tolist()] for batch in batches if len(batch)])
+
+    def _load(self, dataset: ImageFolderDataset, batches: list) -> Iterator[tuple[Tensor, ...]]:
+        """Images, labels, and indices on the device.
+
+        Raises RankError for an unreadable file. With --skip-bad-images, it is replaced in training, and left out in
+        evaluation.
+        """
+        config = self.config
         loader = DataLoader(
-            dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=_defer_signals
+            dataset,
+            batch_sampler=batches,
+            num_workers=min(config.workers, len(batches)),
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_defer_signals,
         )
-        for images, labels, errors in loader:
-            for error in filter(None, errors):
-                if not skip_bad:
-                    advice = "repair it, or add --skip-bad-images" if dataset is self.train else "repair or remove it"
-                    raise RankError(f"{error}: {advice}, then {rerun(Path(self.config.run))}")
-                tqdm.write(f"{error}; the next one replaces it")
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        for *tensors, errors in loader:
+            bad = set(filter(None, errors))
+            if bad and (not config.skip_bad_images or -1 in tensors[1]):
+                then = "rerun" if config.eval else rerun(Path(config.run))
+                hint = "" if config.skip_bad_images else ", which names all of them"
+                raise RankError(f"{min(bad)}: {remedy(config)}{hint}; then {then}")
+            for error in bad - self.reported:
+                tqdm.write(f"{error}; {'the next one replaces it' if dataset is self.train else 'it is left out'}")
+            self.reported |= bad
+            if bad and dataset is self.test:
+                tensors = [tensor[[not error for error in errors]] for tensor in tensors]
+            if len(tensors[0]):
+                yield tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
 
 def load_data(config, device: torch.device, crop_pct: float | None = None) -> InMemoryData | StreamedData:
     """The data of train_imagenet.py: synthetic patterns, or an image folder."""
     data_class = InMemoryData if config.dataset == "patterns" else StreamedData
     return data_class(config, device, crop_pct)
-
-
-def find_imagenet(root: Path, val_suffices: bool) -> tuple[dict, dict]:
-    """Image files by class in train/ and val/ (or test/); if `val_suffices`, val/ stands in for a missing train/.
-
-    Raises UserError, saying what to do, if the folders are missing or unusable.
-    """
-    if (root / "train").is_dir():
-        return find_splits(root, eval_splits=("val", "test"))
-    if val_suffices and (root / "val").is_dir():
-        val = find_images(root / "val")
-        return val, val
-    raise UserError(
-        f"{root} must contain ImageNet as train/WNID/*.JPEG and val/WNID/*.JPEG (or your images as train/CLASS/*, "
-        "val/CLASS/*); without data, try --dataset patterns, or train_cifar.py, which downloads CIFAR-10"
-    )
 
 
 def random_resized_crop(file: Path, size: int) -> Image.Image:
@@ -175,9 +164,12 @@ def decode_crop(file: Path, size: int) -> tuple[Image.Image, tuple[float, float,
 
     A JPEG is decoded at the smallest of its built-in scales that leaves `size` pixels in the box.
     """
-    with Image.open(file) as image:
+    from torchvision.transforms import RandomResizedCrop  # slow to import
+
+    with open_image(file) as image:
         if image.format != "JPEG" or image.getexif().get(ORIENTATION, 1) != 1:  # 16 bits, transparency, or rotated
-            image = load_image(file)
+            image.draft(None, (4 * size, 4 * size))  # leaves `size` pixels in the smallest box
+            image = to_rgb(image)
         top, left, height, width = RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
         full_width, full_height = image.size
         image.draft("RGB", (math.ceil(full_width * size / width), math.ceil(full_height * size / height)))

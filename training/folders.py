@@ -1,0 +1,115 @@
+"""Find the images of a folder: splits (train/, test/), class folders in them, and files, also in subfolders."""
+
+import os
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
+
+from images import image_extensions
+from training.distributed import UserError, print0
+from weights import list_names
+
+SPLITS = ("train", "test", "val", "valid")
+SPLIT_LIKE = {*SPLITS, "training", "testing", "validation"}  # in lower case
+HIDDEN = (".", "__MACOSX", "@eaDir")  # beginnings of names; the last two hold copies of images on macOS and Synology
+
+
+def find_split(config, split: str, eval_splits: tuple[str, ...]) -> Path:
+    """The folder of the "train" or the "test" images. Raises UserError, saying what to do, if it is missing."""
+    root = Path(config.data_dir)
+    found = [name for name in SPLITS if os.path.isdir(root / name)]
+    matching = [name for name in (("train",) if split == "train" else eval_splits) if name in found]
+    if matching:
+        return root / matching[0]
+    if found and split == "train":
+        raise UserError(f"{root} contains {found[0]}/, but no train/")
+    if found:
+        raise UserError(f"{root} contains train/, but none of {', '.join(eval_splits)}: add one of them, or evaluate "
+                        "on a part of train/ with --val-fraction 0.1")  # fmt: skip
+    if not has_class_folders(root):
+        raise UserError(describe_missing(root))
+    if split_like := [file.name for file in root.iterdir() if file.name.lower() in SPLIT_LIKE and file.is_dir()]:
+        raise UserError(f"rename {list_names(split_like)} in {root}: splits are named {', '.join(SPLITS)}")
+    if config.val_fraction:
+        return root
+    raise UserError(f"{root} contains class folders, but no train/ and {eval_splits[0]}/: evaluate on a part of each "
+                    "class with --val-fraction 0.1")  # fmt: skip
+
+
+def has_class_folders(root: Path) -> bool:
+    """Whether at least two folders contain images, themselves or in a subfolder."""
+
+    def has_images(folder: Path) -> bool:
+        return any(file.suffix.lower() in image_extensions() for depth in ("*", "*/*") for file in folder.glob(depth))
+
+    return sum(has_images(folder) for folder in root.glob("*/") if not folder.name.startswith(HIDDEN)) >= 2
+
+
+def describe_missing(root: Path) -> str:
+    """What to do about a folder without images."""
+    if nested := next(root.glob("*/train/"), None):
+        return f"{root} contains no train/, but {nested.parent} does: use --data-dir {nested.parent}"
+    is_readable = os.access(root, os.R_OK | os.X_OK)
+    problem = "contains neither train/CLASS/* nor CLASS/*" if is_readable else "does not exist, or may not be read"
+    return (f"{root} {problem}; without images of your own, try --dataset patterns, or train_cifar.py with "
+            "--dataset cifar10, which is downloaded")  # fmt: skip
+
+
+def find_images(folder: Path) -> dict[str, list[Path]]:
+    """The image files of every class folder and its subfolders, both sorted by name.
+
+    A note says what was passed over. Class names are in Unicode normal form NFC. Raises UserError if a folder cannot
+    be read, or contains no images.
+    """
+    tree, passed_over = defaultdict(list), defaultdict(list)
+    parents = {os.path.realpath(folder), *map(str, Path(os.path.realpath(folder)).parents)}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(HIDDEN):
+                    continue
+                if entry.is_dir():
+                    name = unicodedata.normalize("NFC", entry.name)  # macOS has NFD
+                    tree[name] += find_files(entry.path, {*parents}, passed_over)
+                else:
+                    passed_over["outside of class folders"].append(entry.path)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    if passed_over:
+        reasons = [
+            f"{len(paths)} {reason} ({list_names([os.path.relpath(path, folder) for path in paths])})"
+            for reason, paths in sorted(passed_over.items())
+        ]
+        print0(f"note: passed over in {folder}: {'; '.join(reasons)}")
+    if not tree:
+        raise UserError(f"{folder} contains no class folders; put the images into {folder}/CLASS/")
+    for name, files in tree.items():
+        if not files:
+            raise UserError(f"{folder / name} contains no images; add some, or remove the folder")
+    return {name: [Path(file) for file in sorted(tree[name])] for name in sorted(tree)}
+
+
+def find_files(folder: str, visited: set[str], passed_over: dict[str, list[str]]) -> list[str]:
+    """The image files of a folder and its subfolders. Raises OSError.
+
+    Adds the real paths of folders to `visited`, and to `passed_over`, by reason, the paths of all other files.
+    """
+    real = os.path.realpath(folder)
+    if real in visited:  # otherwise, a link to a parent folder would never end
+        passed_over["links to folders that are already included"].append(folder)
+        return []
+    visited.add(real)
+    files, extensions = [], image_extensions()
+    with os.scandir(folder) as entries:  # faster than Path for 1.3 million files
+        for entry in entries:
+            if entry.name.startswith(HIDDEN):
+                continue
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                passed_over["broken links"].append(entry.path)
+            elif entry.is_dir():
+                files += find_files(entry.path, visited, passed_over)
+            elif os.path.splitext(entry.name)[1].lower() in extensions:
+                files.append(entry.path)
+            else:
+                passed_over["without the extension of an image"].append(entry.path)
+    return files
