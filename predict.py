@@ -2,7 +2,7 @@
 
     python predict.py runs/cifar cat.jpg dog.jpg          the three most likely classes of each image
     python predict.py convit_tiny photos/ --csv           a released model; all images of a folder, as CSV
-    python predict.py demo cat.jpg --attention heads.png --layer 5
+    python predict.py demo/cifar10 cat.jpg --attention heads.png --layer 5
 
 An unreadable file is named, and the others are classified.
 """

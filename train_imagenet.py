@@ -11,7 +11,13 @@ _small, _base); this script has not been run that far yet. It differs in that th
 has a fixed magnitude, and mixup draws per image. The loop is that of train_cifar.py: compare them with `diff`.
 """
 
+import os
+import signal
 from dataclasses import dataclass
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch's import: idle threads leave the cores to others
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends imports, data loading, and --eval without a traceback
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +42,6 @@ class Config(RunConfig):
     dataset: str = flag("imagenet", "folder: any other image folder", choices=["imagenet", "folder", "patterns"])
     data_dir: str = flag("data", "folder with train/CLASS/* and val/CLASS/*; val/ suffices for --eval")
     workers: int = flag(CORES, "image-decoding processes per training process", type=int_at_least(0))
-    skip_bad_images: bool = flag(False, "replace unreadable training images by the next one, with a warning")
     run: str = flag("runs/imagenet", "run folder; with several machines, on a shared disk")
     # recipe
     lr: float = flag(

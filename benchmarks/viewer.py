@@ -64,6 +64,7 @@ def open_page(browser: Browser, url: str) -> Page:
     """Open the page in a new browser session and wait for its first attention maps."""
     page = browser.new_context(viewport={"width": 1440, "height": 1000}).new_page()
     page.add_init_script(TIMERS)
+    page.add_init_script("localStorage.setItem('convit-tour', 'seen')")  # the tour would cover the page
     page.goto(url)
     page.wait_for_selector(".viewer:not(.loading)")
     return page
@@ -102,6 +103,13 @@ def change_layer(page: Page) -> list[float]:
     return [page.evaluate(script, step % count) for step in range(40)]
 
 
+def pin_gates(page: Page) -> list[float]:
+    """Milliseconds from each of 20 clicks that set all gates to the prediction, which the server computes."""
+    script = """(pin) => timeUntil(() => document.querySelector(`[data-scope=model][data-pin="${pin}"]`).click(),
+        () => convit.state.recomputed && convit.state.gates.get("0,0") === pin)"""
+    return [page.evaluate(script, step % 2) for step in range(20)]
+
+
 def upload(page: Page, jpeg: bytes) -> list[float]:
     """Milliseconds from dropping a file on the page to its maps, ten times; the files differ in the last byte."""
     script = """([data, suffix]) => {
@@ -134,7 +142,7 @@ def run_client(url: str, seed: int, seconds: float) -> list[float]:
     component = next(item["id"] for item in config["components"] if item["props"].get("elem_id") == "viewer")
 
     def call(function: str, **arguments) -> dict:
-        data = {"session": ""} | arguments
+        data = {"model": "cifar10"} | arguments
         body = {"session_hash": str(seed), "component_id": component, "fn_name": function, "data": data}
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{url}/gradio_api/component_server", json.dumps(body).encode(), headers)
@@ -145,7 +153,7 @@ def run_client(url: str, seed: int, seconds: float) -> list[float]:
 
     model = call("describe")
     pixels = call("prepare_image", example="cheetah")["pixels"]
-    gates = [[0.5] * len(heads) for heads in model["gate"][0]]
+    gates = [heads and [0.5] * len(heads) for heads in model["gate"][0]]
     uploads = [base64.b64encode(noise_jpeg(400 + seed, 300 + index)).decode() for index in range(4)]
 
     def upload_image():
@@ -154,7 +162,7 @@ def run_client(url: str, seed: int, seconds: float) -> list[float]:
         call("layer_maps", pixels=pixels, layer=0)
 
     requests = [
-        lambda: call("layer_maps", pixels=pixels, layer=rng.randrange(len(model["layers"]))),
+        lambda: call("layer_maps", pixels=pixels, layer=rng.randrange(len(model["gate"][0]))),
         lambda: call("recompute", pixels=pixels, layer=0, snapshot=0, gates=gates),
         upload_image,
     ]
@@ -180,22 +188,24 @@ def main():
     parser.add_argument("--seconds", type=float, default=60, help="duration of the load test (default: %(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    header = provenance(torch.device("cpu"))
     server, url = start_server()
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--disable-gpu"])
             load_times = [1000 * time_calls(lambda: open_page(browser, url)) for _ in range(5)]
-            page = open_page(browser, url)
+            page = open_page(browser, f"{url}/#model=cifar10")
             measured = {  # name: (samples, target), in ms
                 "page load to first maps": (load_times, 2000),
                 "hover to repaint": (hover(page), 16),
                 "change snapshot": (change_snapshot(page), 100),
                 "change layer": (change_layer(page), 100),
+                "pin all gates": (pin_gates(page), 200),
                 "upload to maps, 0.5 megapixels": (upload(page, noise_jpeg(800, 600)), 500),
                 "upload to maps, 12 megapixels": (upload(page, noise_jpeg(4000, 3000)), 500),
             }
-            last_epoch = int(max((ROOT / "demo" / "snapshots").iterdir()).stem.removeprefix("epoch_"))
-            page = open_page(browser, f"{url}/#layer=5&head=5&epoch={last_epoch}")
+            last_epoch = int(max((ROOT / "demo" / "patterns" / "snapshots").iterdir()).stem.removeprefix("epoch_"))
+            page = open_page(browser, f"{url}/#epoch={last_epoch}")
             page.screenshot(path=args.out / "viewer.png")
             versions = {"chromium": browser.version, "gradio": gradio.__version__, "cores": os.cpu_count()}
             browser.close()
@@ -214,7 +224,7 @@ def main():
                  f"{after:.0f} MiB after {args.seconds:.0f} s more.\n")  # fmt: skip
     milliseconds = {name: [round(sample, 2) for sample in samples] for name, (samples, _) in measured.items()}
     results = {"milliseconds": milliseconds, "mebibytes": {"before": before, "after": after}}
-    write_results(args.out, "viewer", provenance(torch.device("cpu")) | versions, "\n".join(lines), results)
+    write_results(args.out, "viewer", header | versions, "\n".join(lines), results)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python -m experiments.exercises 3 8 --seeds 1   some of them
 
 The ```diff blocks of a section are applied to a copy of the code, in which the section's command runs. To add your own
-exercise, add a section. Rerun the same command to resume. Finished runs, table, and plot are in
-results/reproduce/exercises/. The times exclude evaluation.
+exercise, add a section. Rerun the same command to resume. Finished runs, table, and plot go to --out
+(results/reproduce/exercises/). The times exclude evaluation.
 """
 
 import argparse
@@ -78,14 +78,14 @@ def copy_code(diff: str, folder: Path) -> Path:
     return folder
 
 
-def train_exercises(numbers: list[int], seeds: int, data_dir: str):
+def train_exercises(numbers: list[int], seeds: int, data_dir: str, out: Path):
     """Train the missing runs of some exercises (none given: of all), and write the table of all finished runs."""
     exercises = {exercise.number: exercise for exercise in parse_exercises(TEXT.read_text())}
     if not exercises.keys() >= set(numbers):
         raise UserError(f"{TEXT.name} has the exercises {', '.join(map(str, exercises))}")
     runs = [exercise.run(seed, data_dir) for seed in range(seeds) for exercise in exercises.values()]
     exercise_of = {run.name: exercises[int(run.name.split("_")[0])] for run in runs}
-    sweep = Sweep(RESULTS / "runs.jsonl", WORK / "exercises")
+    sweep = Sweep(out / "runs.jsonl", WORK / "exercises")
     sweep.missing(runs)  # raises UserError if any exercise has changed
 
     def prepare(run: RunSpec) -> Path:
@@ -98,7 +98,7 @@ def train_exercises(numbers: list[int], seeds: int, data_dir: str):
     for run in runs:
         if run.name in records:
             cells.setdefault((exercise_of[run.name].title, "test accuracy"), []).append(records[run.name])
-    report.write_table("exercise", cells, RESULTS / "exercises")
+    report.write_table("exercise", cells, out / "exercises")
 
 
 def main():
@@ -108,8 +108,9 @@ def main():
     parser.add_argument("numbers", nargs="*", type=int, help="exercises to train (default: all)")
     parser.add_argument("--seeds", type=int_at_least(1), default=2, help="seeds per exercise (%(default)s)")
     parser.add_argument("--data-dir", default=Config.data_dir, help="see train_cifar.py (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write (%(default)s)")
     args = parser.parse_args()
-    run_main(train_exercises, args.numbers, args.seeds, args.data_dir)
+    run_main(train_exercises, args.numbers, args.seeds, args.data_dir, args.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write results: NAME.md, NAME.json, and NAME.png in results/reproduce/, and the comparison of any runs.
+"""Write results: NAME.md, NAME.json, and NAME.png in a folder, and the comparison of any runs.
 
 The `cells` of a table map (row, column) to the summary of a setting: see `summarize_runs`.
 """
@@ -97,7 +97,12 @@ def table_lines(corner: str, cells: dict, extra_columns=(), extra=()) -> list[st
 
 
 def write_gates(
-    run: str, metrics: list[dict], grid: tuple[int, int], maps: dict[str, tuple[Tensor, Tensor]], device: torch.device
+    run: str,
+    metrics: list[dict],
+    grid: tuple[int, int],
+    maps: dict[str, tuple[Tensor, Tensor]],
+    device: torch.device,
+    folder: Path,
 ):
     """Write gates and non-locality of a run over training, and plot the attention maps of its heads.
 
@@ -120,10 +125,12 @@ def write_gates(
     ]
     heads = [{key: row["heads"][key] for key in ("gate", "non_locality")} for row in metrics]
     record = {"run": run, "uniform": uniform, "epochs": [row["epoch"] for row in metrics], "heads": heads}
-    save(RESULTS / "gates", record, lines, [{"provenance": [provenance(device)]}], plot_heads(metrics, uniform, maps))
+    save(folder / "gates", record, lines, [{"provenance": [provenance(device)]}], plot_heads(metrics, uniform, maps))
 
 
-def write_masking(run: str, without_pos_embed: float, curves: dict[str, list[float]], device: torch.device):
+def write_masking(
+    run: str, without_pos_embed: float, curves: dict[str, list[float]], device: torch.device, folder: Path
+):
     """Write the accuracy of a run's model without its position embedding, and with parts of its GPSA layers masked.
 
     `curves`: the accuracy with "content" or "position" masked in the first 0, 1, 2 ... GPSA layers.
@@ -146,7 +153,7 @@ def write_masking(run: str, without_pos_embed: float, curves: dict[str, list[flo
     figure.axes[0].axhline(without_pos_embed, color="gray", linestyle="--", label="position embedding masked")
     figure.axes[0].set_ylim(0)
     figure.axes[0].legend(frameon=False)
-    save(RESULTS / "masking", record, lines, [{"provenance": [provenance(device)]}], figure)
+    save(folder / "masking", record, lines, [{"provenance": [provenance(device)]}], figure)
 
 
 def compare(runs: list[dict], folder: Path):

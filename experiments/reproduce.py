@@ -1,12 +1,12 @@
 """Reproduce the tables and figures of the ConViT paper on CIFAR-10, or on any folder of small images.
 
     python -m experiments.reproduce all             Tables 2 and 3 and Fig. 8: two hours of one core, plus evaluation
-    python -m experiments.reproduce gates           Figs. 5 to 7 of demo/, or of a different --run; nothing is trained
+    python -m experiments.reproduce gates           Figs. 5 to 7 of demo/cifar10, or of a different --run; trains none
     python -m experiments.reproduce compare DIR     a table and a plot of the runs in DIR/runs.jsonl
 
 All runs have the same number of steps, and one learning rate, which is chosen first, on a validation split. Use --amp
 off on CPUs without bf16 support and --budget gpu on a GPU. Rerun the same command to resume an interrupted sweep.
-Tables, plots, and finished runs (runs.jsonl) go to results/reproduce/, unfinished runs to runs/sweeps/.
+Tables, plots, and finished runs (runs.jsonl) go to --out (results/reproduce/), unfinished runs to runs/sweeps/.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from experiments.sweep import CODE, WORK, RunSpec, Sweep, read_run, run_main
 from images import normalize
 from train_cifar import Config
 from training.config import as_flags, int_at_least
-from training.data import DATASETS, ImageSet, eval_batches, infer_dataset, load_datasets, sample_indices
+from training.data import DATASETS, ImageSet, InMemoryData, eval_batches, infer_dataset, sample_indices
 from training.distributed import UserError
 from training.evaluation import evaluate
 from training.optim import AMP_DTYPES
 from weights import open_model, snapshot_files
 
-DEMO = CODE / "demo"
+DEMO = CODE / "demo" / "cifar10"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def seed_runs(settings: dict, lr: float | None, args: argparse.Namespace) -> lis
 
 def train_tables(names: list[str], lr: float | None, args: argparse.Namespace) -> dict[str, dict]:
     """Train all runs of some tables and write the tables; return the cells of each."""
-    all_tables, folder = tables(BUDGETS[args.budget]), report.RESULTS / args.budget
+    all_tables, folder = tables(BUDGETS[args.budget]), args.out / args.budget
     runs = {
         name: {cell: seed_runs(settings, lr, args) for cell, settings in all_tables[name].items()} for name in names
     }
@@ -156,9 +156,8 @@ def open_snapshots(run: Path) -> list[ConViT]:
 
 def load_test_set(model: ConViT, args: argparse.Namespace) -> ImageSet:
     """The test set of --data-dir at the image size of a model. Raises UserError if the classes differ in number."""
-    dataset = args.dataset or infer_dataset(args.data_dir, Config.data_dir)
-    device, size = torch.device(Config.device), model.config.img_size
-    test_set = load_datasets(dataset, args.data_dir, size, device, Config.workers)[1]
+    config = Config(dataset=args.dataset, data_dir=args.data_dir, img_size=model.config.img_size, eval=True)
+    test_set = InMemoryData(config, torch.device(config.device), model.crop_pct).test
     found, expected = len(test_set.classes), model.config.num_classes
     if found != expected:
         raise UserError(f"{args.data_dir} has {found} classes, but {args.run} was trained on {expected}")
@@ -180,7 +179,7 @@ def show_gates(args: argparse.Namespace):
         attention = model(sample_images, return_attention=True)[1][: config.gpsa_layers]
         from_center = torch.stack([layer.mixed[:, :, center].mean(0) for layer in attention])
         maps[f"epoch {model.epoch}"] = gates(model)[: config.gpsa_layers], from_center.unflatten(2, (rows, columns))
-    report.write_gates(args.run.name, read_metrics(args.run), config.grid, maps, images.device)
+    report.write_gates(args.run.name, read_metrics(args.run), config.grid, maps, images.device, args.out)
 
 
 def masked(model: ConViT, pos_embed: bool = False, content: int = 0, position: int = 0) -> ConViT:
@@ -209,7 +208,7 @@ def show_masking(args: argparse.Namespace):
     unmasked, without_pos_embed = accuracy(), accuracy(pos_embed=True)
     layers = range(1, model.config.gpsa_layers + 1)
     curves = {part: [unmasked, *(accuracy(**{part: count}) for count in layers)] for part in ("content", "position")}
-    report.write_masking(f"{args.run.name}, epoch {model.epoch}", without_pos_embed, curves, device)
+    report.write_masking(f"{args.run.name}, epoch {model.epoch}", without_pos_embed, curves, device, args.out)
 
 
 def show_comparison(args: argparse.Namespace):
@@ -250,13 +249,14 @@ def main():
             continue
         command.add_argument("--data-dir", default=Config.data_dir, help="see train_cifar.py (%(default)s)")
         command.add_argument("--dataset", choices=DATASETS, help="default: inferred from --data-dir")
+        command.add_argument("--out", type=Path, default=report.RESULTS, help="folder to write (%(default)s)")
         if function is reproduce:
             command.add_argument("--budget", choices=BUDGETS, default="laptop", help="size of the runs (%(default)s)")
             command.add_argument("--seeds", type=int_at_least(1), help="seeds of every run (default: the budget's)")
             command.add_argument("--lr", type=float, help="learning rate (default: best on a validation split)")
             command.add_argument("--amp", choices=AMP_DTYPES, help="mixed precision (default: the budget's)")
         else:
-            command.add_argument("--run", type=Path, default=DEMO, help="run folder of train_cifar.py (demo/)")
+            command.add_argument("--run", type=Path, default=DEMO, help="run folder of train_cifar.py (demo/cifar10)")
     args = parser.parse_args()
     run_main(COMMANDS[args.command][0], args)
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import train_cifar
 import train_imagenet
-from training import checkpoint
+from training import checkpoint, evaluation
 from training.run import Run
 
 aten = torch.ops.aten
@@ -140,7 +140,7 @@ def fake_cuda(script):
             record = load(file, map_location="cpu", **kwargs)
         return tree_map(lambda leaf: leaf.to(map_location) if isinstance(leaf, torch.Tensor) else leaf, record)
 
-    evaluate = torch.no_grad()(script.evaluate.__wrapped__)  # inference_mode would hide compound operations
+    predict_all = torch.no_grad()(evaluation.predict_all.__wrapped__)  # inference_mode would hide compound operations
     cuda = {"is_available": True, "device_count": 1, "set_device": None, "is_bf16_supported": True,
             "get_device_name": "fake", "current_device": 0, "is_current_stream_capturing": False}  # fmt: skip
     with ExitStack() as stack:
@@ -155,7 +155,7 @@ def fake_cuda(script):
             (torch, "load", load_to),
             (FakeTensorMode, "avoid_device_init", True),
             (script, "build_model", build),
-            (script, "evaluate", evaluate),
+            (evaluation, "predict_all", predict_all),
         ]:
             stack.enter_context(patch.object(target, name, replacement))
         if hasattr(fake_tensor, "init_gpu_context"):  # torch 2.11

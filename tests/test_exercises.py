@@ -129,7 +129,7 @@ def test_killed_exercises_are_resumed(tree, tmp_path, monkeypatch, capsys):
     """With the real train_cifar.py; both it and experiments.exercises are killed."""
     runs, before = tmp_path / "runs/sweeps/exercises", (ROOT / "convit_min.py").read_bytes()
     (tmp_path / "exercises.md").write_text(TINY.format(epochs=2))
-    process = start(tmp_path, "--seeds", 1, "--data-dir", tree)
+    process = start(tmp_path, "--seeds", 1, "--data-dir", tree, "--out", "mine")
     deadline = time.monotonic() + 60
     while not (runs / "1_seed=0/last.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
@@ -142,7 +142,7 @@ def test_killed_exercises_are_resumed(tree, tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(exercises, "TEXT", Path("exercises.md"))
-    monkeypatch.setattr(sys, "argv", ["exercises.py", "--seeds", "1", "--data-dir", str(tree)])
+    monkeypatch.setattr(sys, "argv", ["exercises.py", "--seeds", "1", "--data-dir", str(tree), "--out", "mine"])
     exercises.main()
     output = capsys.readouterr().out
     assert "1_seed=0 (1 of 2 runs left)" in output and "0. Unchanged" not in output.split("| exercise")[0]
@@ -154,7 +154,7 @@ def test_killed_exercises_are_resumed(tree, tmp_path, monkeypatch, capsys):
         assert torch.all(initial["blocks.0.attn.gating_param"] == gate)
         assert torch.equal(initial["blocks.0.attn.v.weight"], identity) == is_identity
 
-    results = tmp_path / "results/reproduce/exercises"
+    results = tmp_path / "mine"
     records = Sweep(results / "runs.jsonl", results).records()
     assert [len(record["provenance"]) for record in records.values()] == [1, 2]  # the second run was resumed
     for number, result in enumerate(json.loads((results / "exercises.json").read_text())["cells"]):
@@ -173,7 +173,7 @@ def test_killed_exercises_are_resumed(tree, tmp_path, monkeypatch, capsys):
         (1, 3, "0_seed=0 was trained with different flags or a different diff; delete its line in "),
     ):
         Path("exercises.md").write_text(TINY.format(epochs=epochs))
-        monkeypatch.setattr(sys, "argv", ["exercises.py", str(number)])
+        monkeypatch.setattr(sys, "argv", ["exercises.py", str(number), "--out", "mine"])
         with pytest.raises(SystemExit):
             exercises.main()
         assert message in capsys.readouterr().err

@@ -1,25 +1,34 @@
 """What the documentation promises: links, tables, numbers, commands, Python blocks, and the front matter of a Space."""
 
+import ast
+import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, perturb, serving
+from conftest import CONFIG, DEMO, ROOT, perturb, serving
 from gradio.media import get_image
 
 import train_cifar
 import train_imagenet
-from convit_min import create_model
-from training.config import parse_flags
+from convit_min import ConViT, create_model
+from training.config import CHANGEABLE_ON_RESUME, parse_flags
 
 README = (ROOT / "README.md").read_text()
 DOCS = {f"docs/{file.name}": file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
 TEXTS = {"README.md": README, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text()} | DOCS
-FILES = [*TEXTS, "demo/README.md", *(str(file.relative_to(ROOT)) for file in sorted((ROOT / "results").rglob("*.md")))]
+FILES = [
+    *TEXTS,
+    "docs/tour.ipynb",
+    *(str(file.relative_to(ROOT)) for folder in ("demo", "results") for file in sorted((ROOT / folder).rglob("*.md"))),
+]
 BLOCKS = {  # by their file and first line
     f"{name}: {block.splitlines()[0]}": block
     for name, text in TEXTS.items()
@@ -99,8 +108,8 @@ def test_commands_have_known_flags(command, monkeypatch):
     program, *args = command.removeprefix("-m ").split()
     for module in (train_cifar, train_imagenet):
         if program == f"{module.__name__}.py":
-            resumed = [arg for arg in args if arg != "--resume"]  # it would read the run folder
-            monkeypatch.setattr(sys, "argv", [program, *resumed])
+            args = re.sub(r"--resume|--config \S+", "", " ".join(args)).split()  # they would read a run folder
+            monkeypatch.setattr(sys, "argv", [program, *args])
             assert parse_flags(module.Config, "").total_epochs > 0
             return
     file = ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")
@@ -109,13 +118,51 @@ def test_commands_have_known_flags(command, monkeypatch):
     assert all(any(f'"{flag}"' in source for source in sources) for flag in flags), flags
 
 
+def test_flags_that_may_change_on_resume_are_listed():
+    sentence = re.search(r"These flags may change on `--resume`:(.*?);", DOCS["docs/distributed.md"], re.DOTALL)[1]
+    listed = {name.replace("-", "_") for name in re.findall(r"`--([\w-]+)`", sentence)}
+    assert listed | {"run", "resume", "weights", "eval", "csv"} == CHANGEABLE_ON_RESUME  # these belong to one command
+
+
+def test_seed_loop_prints_mean_and_standard_deviation(tmp_path, monkeypatch, capsys):
+    for seed, accuracy in enumerate((50.0, 52.0, 54.0)):
+        (tmp_path / f"seed{seed}").mkdir()
+        (tmp_path / f"seed{seed}" / "metrics.jsonl").write_text(f'{{}}\n{{"test_accuracy": {accuracy}}}\n')
+    monkeypatch.setattr(sys, "argv", ["-c", *map(str, tmp_path.iterdir())])
+    exec(re.search(r"python -c '(.*?)' runs", DOCS["docs/distributed.md"].replace("\n    ", "\n"), re.DOTALL)[1], {})
+    assert capsys.readouterr().out == "52.0 ± 2.0 (3)\n"
+
+
+OPTIONAL = {"playwright", "scipy", "tensorboard", "timm", "safetensors"}  # only in requirements-dev.txt
+PACKAGES = {"PIL": "pillow", "gradio_client": "gradio", "huggingface_hub": "gradio", "packaging": "gradio"}
+
+
+def test_requirements_list_what_is_imported():
+    """The test tools aside, which need only be in requirements-dev.txt."""
+    listed = {
+        name: set(re.findall(r"^[\w-]+", (ROOT / f"requirements{name}.txt").read_text(), re.MULTILINE))
+        for name in ("", "-dev")
+    }
+    ours = {path.stem for path in ROOT.iterdir()}
+    for file in (file for pattern in ("*.py", "[a-z]*/*.py") for file in ROOT.glob(pattern)):
+        imported = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+        packages = {PACKAGES.get(name, name) for name in imported - sys.stdlib_module_names - ours - {"conftest"}}
+        required = listed[""] | (listed["-dev"] if file.parent.name == "tests" else OPTIONAL & listed["-dev"])
+        assert packages <= required, file
+
+
 @pytest.fixture
 def workspace(tmp_path, monkeypatch, released):
     """A folder with an image and a run, where weights that would be downloaded are made up."""
     (tmp_path / "runs" / "cifar").mkdir(parents=True)
     shutil.copy(max((DEMO / "snapshots").iterdir()), tmp_path / "runs" / "cifar" / "best.pt")
     shutil.copy(get_image("cheetah1.jpg"), tmp_path / "cat.jpg")
-    (tmp_path / "demo").symlink_to(DEMO)
+    (tmp_path / "demo").symlink_to(DEMO.parent)
     monkeypatch.chdir(tmp_path)
     deit = perturb(create_model("deit_tiny")).state_dict()
     deit["pos_embed"] = torch.cat([deit["cls_token"], deit["pos_embed"]], dim=1)
@@ -156,7 +203,7 @@ def same_logits(model: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", [name for name in BLOCKS if "client" not in name and "timm" not in name])
+@pytest.mark.parametrize("name", [name for name in BLOCKS if not re.search("client|timm|export:", name)])
 def test_python_runs_as_written(name, workspace):
     exec(BLOCKS[name], {})
 
@@ -193,6 +240,47 @@ def test_weights_of_timm_and_back(released, timm_model):
 def test_features_for_any_image_size(workspace):
     variables = run_block("features of the patches")
     assert variables["feature_map"].shape == (2, 192, 16, 12) and variables["cls_token"].shape == (2, 192)
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_exported_model_takes_any_batch_and_size(tmp_path, monkeypatch):
+    """With a small model instead of the demo, one block of either kind."""
+    pytest.importorskip("onnxscript", reason="pip install -r requirements-dev.txt")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-dev.txt")
+    model = perturb(ConViT(replace(CONFIG, depth=2, gpsa_layers=1)))
+    monkeypatch.setattr("weights.open_model", lambda _: model)
+    monkeypatch.chdir(tmp_path)
+    program = run_block("export: batch")["program"].module()
+    session = onnxruntime.InferenceSession("model.onnx")
+    for shape in ((2, 3, 32, 32), (5, 3, 20, 28), (1, 3, 12, 36)):
+        images = torch.randn(shape)
+        with torch.no_grad():
+            expected = model(images)
+            torch.testing.assert_close(program(images), expected, atol=1e-5, rtol=0)
+        (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-5, rtol=0)
+
+
+def test_attention_rollout(workspace):
+    variables = run_block("attention rollout")
+    torch.testing.assert_close(variables["rollout"].sum(-1), torch.ones(1, 65))
+    row = torch.eye(65)[0]  # backward, from the class token to the input
+    for maps in reversed(variables["attention"]):
+        mixed = maps.mixed[0].mean(0)
+        attended = torch.cat([row[:1], row[1:] @ mixed]) if len(mixed) == 64 else row @ mixed
+        row = (row + attended) / 2
+    torch.testing.assert_close(variables["rollout"][0, 0], row)
+    torch.testing.assert_close(variables["heat_map"], row[1:].unflatten(0, (8, 8)))
+
+
+def test_notebook_runs(tmp_path):
+    cells = json.loads((ROOT / "docs/tour.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    env = os.environ | {"MPLBACKEND": "Agg", "TMPDIR": str(tmp_path)}
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    accuracy = dict(re.findall(r"gates (\w+): accuracy ([\d.]+)%", process.stdout))
+    assert float(accuracy["1"]) < 50 < float(accuracy["trained"])
 
 
 def test_python_client(workspace, tmp_path_factory, monkeypatch):

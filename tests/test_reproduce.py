@@ -28,7 +28,7 @@ from experiments.sweep import RunSpec, Sweep, read_run
 from images import normalize
 from training.checkpoint import save_weights
 from training.config import build_model, parse_flags
-from training.data import load_datasets
+from training.data import InMemoryData
 from training.distributed import UserError
 
 server = multiprocessing.get_context("forkserver")  # its processes have imported everything: they start in milliseconds
@@ -495,7 +495,8 @@ def reference_logits(model: ConViT, image: torch.Tensor, pos_embed: bool, conten
 def test_masking_matches_the_reference(tree, run_command, tmp_path):
     config = ConViTConfig(img_size=16, patch_size=4, num_classes=2, dim=36, num_heads=9, depth=3, gpsa_layers=2)
     model = perturb(ConViT(config))
-    images = normalize(load_datasets("folder", str(tree), 16, torch.device("cpu"), 1)[1].images)
+    data = InMemoryData(reproduce.Config(data_dir=str(tree), img_size=16, eval=True), torch.device("cpu"))
+    images = normalize(data.test.images)
     labels = torch.tensor([0] * 10 + [1] * 6)
     logits = model(images)
     model.head.bias[0] += (logits[:, 1] - logits[:, 0]).median()  # so that it predicts both classes
@@ -508,14 +509,14 @@ def test_masking_matches_the_reference(tree, run_command, tmp_path):
 
     (tmp_path / "run/snapshots").mkdir(parents=True)
     save_weights(model, ["bright", "dark"], 1.0, 3, tmp_path / "run/snapshots/epoch_0003.pt")
-    assert run_command("masking", "--run", tmp_path / "run", "--data-dir", tree) == ""
-    record = json.loads(Path("results/reproduce/masking.json").read_text())
+    assert run_command("masking", "--run", tmp_path / "run", "--data-dir", tree, "--out", "mine") == ""
+    record = json.loads(Path("mine/masking.json").read_text())
     assert record["position_embedding_masked"] == pytest.approx(expected(pos_embed=True))
     curves = record["masked_in_first_layers"]
     for part, accuracy in curves.items():
         assert accuracy == pytest.approx([expected(**{part: count}) for count in range(3)])
     assert len({*curves["content"], *curves["position"]}) > 2  # masking has an effect here
-    assert "| 2 |" in Path("results/reproduce/masking.md").read_text()
+    assert "| 2 |" in Path("mine/masking.md").read_text() and not Path("results").exists()
 
 
 def train_for_real(flags: list[str]):

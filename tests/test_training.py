@@ -25,7 +25,7 @@ from convit_min import attend, create_model
 from images import normalize
 from training import checkpoint
 from training.augment import mixup_cutmix, random_crop, random_erasing, random_hflip
-from training.data import CIFAR, epoch_order, load_cifar, load_folder, split_train_val, stratified_subset
+from training.data import InMemoryData, cifar_class, epoch_order, load_cifar, split_train_val, stratified_subset
 from training.distributed import UserError
 from training.image_folder import random_resized_crop
 from training.optim import ModelEMA, autocast, learning_rate, param_groups
@@ -83,9 +83,14 @@ def test_run_folder_contents(tree, tmp_path, monkeypatch, capsys):
     metrics = read_metrics(run)
     assert [record["epoch"] for record in metrics] == [0, 1, 2]
     assert metrics[2]["train_loss"] < metrics[1]["train_loss"]
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
-    shown = [event.value for event in events.Scalars("test_accuracy")]
-    assert shown == pytest.approx([record["test_accuracy"] for record in metrics])
+
+    def check_events(num_files: int):
+        assert len(list((run / "tensorboard").iterdir())) == num_files
+        events = EventAccumulator(str(run / "tensorboard")).Reload().Scalars("test_accuracy")
+        assert [event.step for event in events] == [0, 1, 2]
+        assert [event.value for event in events] == pytest.approx([record["test_accuracy"] for record in metrics])
+
+    check_events(1)
     record = torch.load(run / "snapshots" / "epoch_0002.pt", weights_only=True)
     assert record["classes"] == ["blue", "green", "red"] and record["epoch"] == 2
     assert record["model"]["pos_embed"].dtype == torch.float16
@@ -96,7 +101,7 @@ def test_run_folder_contents(tree, tmp_path, monkeypatch, capsys):
 
     model = create_model("convit_cifar_nano", num_classes=3).eval()
     load_weights(model, run / "best.pt")
-    _, test = load_folder(tree, 32)
+    test = InMemoryData(train_cifar.Config(data_dir=str(tree), eval=True), torch.device("cpu")).test
     with torch.no_grad():
         accuracy = (model(normalize(test.images)).argmax(1) == test.labels).float().mean().item() * 100
     assert accuracy == pytest.approx(max(record["test_accuracy"] for record in metrics))
@@ -105,6 +110,12 @@ def test_run_folder_contents(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--eval"])
     train_cifar.main()
     assert f"test_accuracy {accuracy:.3f}" in capsys.readouterr().out
+
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))  # as if killed while the last epoch was evaluated
+    monkeypatch.setattr(sys, "argv", ["train_cifar.py", *flags, "--resume"])
+    train_cifar.main()
+    check_events(2)
 
 
 def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_of):
@@ -124,6 +135,7 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
     for flag, value in (("--mixup", "-1"), ("--ema-decay", "1.5"), ("--label-smoothing", "2"), ("--lr", "-0.1")):
         assert error_of(flag, value).count("\n") == 1 and f"{flag}: '{value}' must be" in error_of(flag, value)
     assert "at least 1" in error_of("--batch-size", "0")
+    assert "--device mps is not supported: use --device cpu" in error_of("--device", "mps")
     assert "invalid float value" in error_of("--lr", "fast")
     assert "cannot be opened" in error_of("--resume")
     assert "cannot be opened" in error_of("--config", tmp_path / "nothing.json")
@@ -137,18 +149,18 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
     assert "(--shift is now --crop-padding, --flip is now --hflip)" in error_of("--config", tmp_path / "other.json")
     (tmp_path / "file").write_text("")
     assert "Not a directory" in error_of("--run", tmp_path / "file" / "run")
-    assert "does not contain train/CLASS/*; to download" in error_of("--data-dir", tmp_path / "typo")
+    assert "typo does not exist, or may not be read; without" in error_of("--data-dir", tmp_path / "typo")
     assert not (tmp_path / "typo").exists()
-    assert "must contain train/CLASS/*" in error_of("--data-dir", tmp_path / "none", "--dataset", "folder")
+    assert "contains neither train/CLASS/*" in error_of("--data-dir", tree / "test" / "red", "--dataset", "folder")
 
     (tree / "train" / "red" / "notes.jpg").write_text("no image")
-    assert "notes.jpg is not a readable image" in error_of()
+    assert "notes.jpg is not an image; repair or remove such files" in error_of()
     (tree / "train" / "red" / "notes.jpg").unlink()
     (tree / "train" / "empty").mkdir()
     assert "empty contains no images" in error_of()
     (tree / "train" / "empty").rmdir()
     (tree / "test" / "blue").rename(tree / "test" / "yellow")
-    assert "has classes that are missing from" in (odd := error_of()) and "yellow" in odd
+    assert "classes that are missing from" in (odd := error_of()) and "yellow" in odd
     for split in ("train/blue", "train/green", "test/yellow", "test/green"):
         (tree / split).rename(tmp_path / split.replace("/", "_"))
     assert "a single class" in error_of()
@@ -423,7 +435,7 @@ def cifar_server(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(tmp_path / "www")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    cifar = CIFAR["cifar10"]
+    cifar = cifar_class("cifar10")
     monkeypatch.setattr(cifar, "url", f"http://127.0.0.1:{server.server_port}/cifar.tar.gz")
     monkeypatch.setattr(cifar, "filename", "cifar.tar.gz")
     monkeypatch.setattr(cifar, "tgz_md5", checksum(archive))
@@ -437,18 +449,18 @@ def cifar_server(tmp_path, monkeypatch):
 
 
 def test_cifar_is_downloaded_once_and_verified(cifar_server, tmp_path):
-    train, test = load_cifar("cifar10", str(tmp_path / "data"))
+    train, test = (load_cifar("cifar10", str(tmp_path / "data"), split) for split in ("train", "test"))
     assert train.images.shape == (20, 3, 32, 32) and train.images.dtype == torch.uint8
     assert test.labels.tolist() == [0, 1, 2, 3] and train.classes[9] == "class9"
     cifar_server.unlink()
-    again, _ = load_cifar("cifar10", str(tmp_path / "data"), img_size=16)
+    again = load_cifar("cifar10", str(tmp_path / "data"), "train", img_size=16)
     assert again.images.shape == (20, 3, 16, 16)
 
 
 def test_damaged_download_is_refused(cifar_server, tmp_path):
     cifar_server.write_bytes(cifar_server.read_bytes()[:-100])
     with pytest.raises(UserError, match="could not be downloaded"):
-        load_cifar("cifar10", str(tmp_path / "data"))
+        load_cifar("cifar10", str(tmp_path / "data"), "train")
 
 
 def test_real_images_are_decoded_exactly(tmp_path):
@@ -459,7 +471,8 @@ def test_real_images_are_decoded_exactly(tmp_path):
         wanted = re.compile(r"(.*/)?(train|test)/(cat|ship)/000\d\.jpg$")
         tar.extractall(tmp_path, [member for member in tar if wanted.match(member.name)], filter="data")
     root = next(tmp_path.rglob("train")).parent
-    train, test = load_folder(root, 32)
+    data = InMemoryData(train_cifar.Config(data_dir=str(root)), torch.device("cpu"))
+    train, test = data.train, data.test
     assert train.classes == ["cat", "ship"] and train.images.shape[1:] == (3, 32, 32)
     first = np.array(Image.open(sorted((root / "train" / "cat").iterdir())[0]).convert("RGB"))
     assert np.array_equal(train.images[0].permute(1, 2, 0).numpy(), first)

@@ -10,15 +10,13 @@ import subprocess
 import sys
 import zipfile
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torchvision
 
 from convit_min import ConViT
 from training.distributed import UserError, world_size
-
-START_TIME = datetime.now(timezone.utc)
 
 
 def save(record: dict, file: Path):
@@ -71,7 +69,9 @@ def save_weights(model: ConViT, classes: list[str], crop_pct: float, epoch: int,
 
 def model_metadata(model: ConViT, classes: list[str], crop_pct: float) -> dict:
     """What `weights.open_model` needs in addition to the weights."""
-    return {"model_config": dataclasses.asdict(model.config), "classes": classes, "crop_pct": crop_pct}
+    # by way of JSON: torch.load(weights_only=True) refuses the NumPy numbers that a config may have
+    config = json.loads(json.dumps(dataclasses.asdict(model.config), default=lambda number: number.item()))
+    return {"model_config": config, "classes": classes, "crop_pct": crop_pct}
 
 
 def write_text(file: Path, text: str):
@@ -91,7 +91,7 @@ def snapshot_epochs(epochs: int, count: int = 16) -> set[int]:
 
 
 def provenance(device: torch.device) -> dict:
-    """How a result is produced: command, commit, start time, hardware, and versions."""
+    """How a result is produced: command, commit, current time, hardware, and versions."""
     name, gpu = f"CPU, {torch.get_num_threads()} threads", {}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -102,14 +102,14 @@ def provenance(device: torch.device) -> dict:
     return {
         "command": f"python {program} {shlex.join(sys.argv[1:])}".strip(),
         "commit": git_commit(),
-        "started": START_TIME.isoformat(timespec="seconds"),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": name,
         "processes": world_size(),
         "cpu": cpu_model(),
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
     } | gpu
 
 
@@ -139,12 +139,11 @@ def cpu_model() -> str:
         return platform.processor()
 
 
-def record_duration(run_dir: Path, images_per_second: float):
-    """Add the wall-clock time of this process so far, and the training speed of its last epoch, to provenance.json."""
+def record_duration(run_dir: Path, seconds: float, images_per_second: float):
+    """Add the wall-clock time of a run so far, and the speed of its last epoch, to provenance.json."""
     file = run_dir / "provenance.json"
     *earlier, entry = json.loads(file.read_text())
-    wall_clock = datetime.now(timezone.utc) - START_TIME
-    entry |= {"wall_clock_s": round(wall_clock.total_seconds()), "images_per_second": round(images_per_second)}
+    entry |= {"wall_clock_s": round(seconds), "images_per_second": round(images_per_second)}
     write_text(file, json.dumps([*earlier, entry], indent=2) + "\n")
 
 

@@ -17,7 +17,7 @@ from typing import TypeVar, get_args
 import torch
 
 from convit_min import MODELS, ConViT, ConViTConfig, create_model
-from training.distributed import UserError, print0, world_size
+from training.distributed import UsageError, UserError, print0, world_size
 from weights import list_names, load_weights
 
 ConfigType = TypeVar("ConfigType")
@@ -84,7 +84,10 @@ def interval(text: str) -> str:
 
 @dataclass
 class RunConfig:
-    """Flags of both scripts; each script adds its datasets and its recipe."""
+    """Flags of both scripts; each script adds its datasets and its recipe.
+
+    In Python, too, values are checked, and converted, as on the command line. Raises UsageError for invalid ones.
+    """
 
     # data
     data_fraction: float = flag(1.0, "fraction of every class to train on, drawn with --seed", type=fraction)
@@ -92,6 +95,7 @@ class RunConfig:
     val_fraction: float | None = flag(
         None, "hold out this fraction of the training set, and evaluate on it instead of the test set", type=fraction
     )
+    skip_bad_images: bool = flag(False, "leave out unreadable images, with a note")
     # model
     model: str = flag("convit_tiny", "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
     weights: str | None = flag(
@@ -124,7 +128,7 @@ class RunConfig:
         "off", "mixed precision; without a value: bf16", nargs="?", const="bf16", choices=["off", "bf16", "fp16"]
     )
     compile: bool = flag(False, "torch.compile the model")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu", choices=["cuda", "cpu"])
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
     # run folder
     run: str = flag("runs/run", "run folder to write")
     tensorboard: bool = flag(False, "also write TensorBoard events")
@@ -134,6 +138,7 @@ class RunConfig:
     csv: bool = flag(False, "with --eval, also write eval.csv, one row per image")
 
     def __post_init__(self):
+        vars(self).update(vars(_flag_parser(type(self)).parse_args(as_flags(vars(self)))))
         if self.eval and not self.weights:
             self.weights = f"{self.run}/best.pt"
 
@@ -204,10 +209,24 @@ def freeze_gpsa(model: ConViT):
 def parse_flags(config_class: type[ConfigType], description: str) -> ConfigType:
     """Parse the command line. --config FILE, and --resume with the run's config.json, replace the defaults.
 
-    Exits with one line, as argparse does, for an unknown flag, an invalid value, or a config file that does not match.
+    Raises UsageError for an unknown flag, an invalid value, or a config file that does not match.
     """
-    parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = _flag_parser(config_class, description)
     parser.add_argument("--config", metavar="FILE", help="repeat a run from its config.json; other flags override it")
+    args = parser.parse_args()
+    use_saved_config = args.resume or (args.eval and not args.weights)
+    file = args.config or (Path(args.run) / "config.json" if use_saved_config else None)
+    if file:
+        saved_flags = _read_flags(config_class, file, exclude_weights=args.eval)
+        args = parser.parse_args([*saved_flags, *sys.argv[1:]])  # validated like typed ones
+    values = vars(args)
+    del values["config"]
+    return config_class(**values)
+
+
+def _flag_parser(config_class: type, description: str = "") -> argparse.ArgumentParser:
+    """A parser with a flag per field."""
+    parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(config_class):
         options = dict(field.metadata)
         if field.type is bool:
@@ -215,16 +234,7 @@ def parse_flags(config_class: type[ConfigType], description: str) -> ConfigType:
         else:
             options.setdefault("type", (get_args(field.type) or [field.type])[0])  # str of "str | None"
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
-
-    args = parser.parse_args()
-    use_saved_config = args.resume or (args.eval and not args.weights)
-    file = args.config or (Path(args.run) / "config.json" if use_saved_config else None)
-    if file:
-        saved_flags = _read_flags(parser, config_class, file, exclude_weights=args.eval)
-        args = parser.parse_args([*saved_flags, *sys.argv[1:]])  # validated like typed ones
-    values = vars(args)
-    del values["config"]
-    return config_class(**values)
+    return parser
 
 
 def as_flags(values: dict) -> list[str]:
@@ -239,9 +249,7 @@ def as_flags(values: dict) -> list[str]:
     return flags
 
 
-def _read_flags(
-    parser: argparse.ArgumentParser, config_class: type, file: str | Path, exclude_weights: bool
-) -> list[str]:
+def _read_flags(config_class: type, file: str | Path, exclude_weights: bool) -> list[str]:
     """The flags in a config.json, except those of one invocation (--run, --resume, --eval) or of a machine.
 
     To evaluate a run, exclude also the weights that it started from.
@@ -249,7 +257,8 @@ def _read_flags(
     try:
         values = json.loads(Path(file).read_text())
     except OSError as error:
-        parser.error(f"no run to resume, repeat, or evaluate: {file} cannot be opened ({error.strerror})")
+        message = f"no run to resume, repeat, or evaluate: {file} cannot be opened ({error.strerror})"
+        raise UsageError(message) from error
     except ValueError:
         values = None
     names = {field.name for field in dataclasses.fields(config_class)}
@@ -257,14 +266,15 @@ def _read_flags(
         renamed = ", ".join(
             f"--{name} is now --{RENAMED_FLAGS[name]}".replace("_", "-") for name in RENAMED_FLAGS if name in old
         )
-        parser.error(
+        raise UsageError(
             f"{file} was written by an older version ({renamed}): start a new run with the new flags, for example from "
             "its best.pt with --weights"
         )
     if not isinstance(values, dict) or not values.keys() & names:
-        parser.error(f"{file} is not a config.json of this script")
+        raise UsageError(f"{file} is not a config.json of this script")
     if unknown := values.keys() - names:
-        parser.error(f"{file} has unknown keys: {list_names(unknown)}; did you mean {_nearest(unknown, names)}?")
+        nearest = _nearest(unknown, names)
+        raise UsageError(f"{file} has unknown keys: {list_names(unknown)}; did you mean {nearest}?")
     excluded = ("run", "resume", "eval", "device", "workers", *(["weights"] if exclude_weights else []))
     return as_flags({name: value for name, value in values.items() if name not in excluded})
 
@@ -276,12 +286,12 @@ def _nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports errors in one line, without the usage of all flags, and suggests the nearest flag."""
+    """Raises UsageError instead of exiting, and suggests the nearest flag."""
 
     def error(self, message: str):
         if unknown := re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []:
             message += f"; did you mean {_nearest(unknown, self._option_string_actions)}?"
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise UsageError(message) from None
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

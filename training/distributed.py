@@ -20,6 +20,12 @@ class UserError(Exception):
     status = 1  # of the process that ends with it
 
 
+class UsageError(UserError):
+    """A flag, or a value of a config, that is unknown or invalid."""
+
+    status = 2  # as argparse
+
+
 class RankError(UserError):
     """A UserError that a single rank raises, while the others go on."""
 
@@ -61,8 +67,10 @@ def was_restarted() -> bool:
 def init(device_type: str) -> torch.device:
     """Join the process group if torchrun started this process; return the device to use.
 
-    Raises UserError if there is no GPU for this process.
+    Raises UserError for a device that is not supported, or if there is no GPU for this process.
     """
+    if device_type not in ("cuda", "cpu"):
+        raise UserError(f"--device {device_type} is not supported: use --device cpu, or cuda")
     if device_type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no CUDA device on this machine; use --device cpu")
@@ -87,7 +95,7 @@ def abort(error: UserError | torch.OutOfMemoryError) -> NoReturn:
     if isinstance(error, torch.OutOfMemoryError):
         error = RankError(f"raise --grad-accum-steps, or lower --batch-size: {error}")
     if local_rank() == 0 or isinstance(error, RankError):
-        print(f"\n{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader reports the workers killed below
     for worker in multiprocessing.active_children():
         worker.kill()  # SIGTERM would be deferred, see image_folder.py

@@ -1,19 +1,18 @@
 """Manages a run folder during training: locking, resuming, saving on signals, and a report per epoch.
 
-The training loop calls steps(), after_step(), and end_epoch(). A run never calls the model.
+The training loop calls epochs(), steps(), after_step(), and end_epoch(). A run never calls the model.
 """
 
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +22,6 @@ from analysis import HeadStatistics, read_metrics, uniform_non_locality
 from training import checkpoint, distributed
 from training.augment import derive_seed
 from training.distributed import Stopped, UserError, print0, rank
-from training.plots import plot_run
 
 PLOT_INTERVAL = 30  # seconds; epochs may be shorter than plotting
 
@@ -39,25 +37,37 @@ class Run:
         """Start a run, or resume it. Raises UserError, on all ranks, if that is not possible."""
         self.dir, self.config, self.data, self.device = Path(config.run), config, data, device
         self.components = components
-        self.steps_per_epoch = config.epoch_length(data.num_train) // config.batch_size
-        self.train_state = {"epoch": 0, "step_in_epoch": 0, "loss_sum": 0.0, "num_train": data.num_train}
-        self.best_accuracy = -1.0
-        with self._os_errors_as_user_errors():
+        self.train_state = {"epoch": 0, "step_in_epoch": 0, "loss_sum": 0.0}
+        self.train_state |= {"num_train": data.num_train, "num_eval": data.num_eval}
+        self.started, self.best_accuracy, self.last_plot, self.events = time.monotonic(), -1.0, -math.inf, None
+        with contextlib.ExitStack() as self.resources:  # closed here if starting or resuming fails
             self._init_run()
-        self.preemption = PreemptionHandler(config.save_every)
-        self.last_plot = -math.inf
+            self.resources = self.resources.pop_all()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.data.epoch_length // self.config.batch_size
 
     @property
     def first_step(self) -> int:
         """Steps of the current epoch that are already done."""
         return self.train_state["step_in_epoch"]
 
-    def epochs(self) -> Iterable[int]:
-        """The epochs left to train. Epoch 0 has no steps: it evaluates the initialization."""
-        total_epochs = self.config.total_epochs
-        if self.train_state["epoch"] > total_epochs:
-            print0(f"{self.dir} has finished its {total_epochs} epochs; pass a larger --epochs to continue")
-        return range(self.train_state["epoch"], total_epochs + 1)
+    def epochs(self) -> Iterator[int]:
+        """The epochs left to train. Epoch 0 has no steps: it evaluates the initialization.
+
+        When the loop ends, or is left by an exception, the lock is released and the signal handlers are restored.
+        """
+        next_epoch, total_epochs = self.train_state["epoch"], self.config.total_epochs
+        with self.resources, PreemptionHandler(self.config.save_every) as self.preemption:
+            if next_epoch > total_epochs:
+                print0(f"{self.dir} has finished its {total_epochs} epochs; pass a larger --epochs to continue")
+            elif self.config.tensorboard and rank() == 0:
+                from torch.utils.tensorboard import SummaryWriter  # an optional dependency
+
+                writer = SummaryWriter(self.dir / "tensorboard", purge_step=next_epoch)  # hides what is trained again
+                self.events = self.resources.enter_context(writer)
+            yield from range(next_epoch, total_epochs + 1)
 
     def steps(self, epoch: int, batches: Iterable) -> Iterator:
         """(step, batch) for all batches of an epoch. Reseeds for every step, so that resuming is bitwise exact."""
@@ -87,15 +97,14 @@ class Run:
         self._time_step(is_last)
         if action or is_last:
             self.train_state |= {"step_in_epoch": step_in_epoch, "loss_sum": loss_sum}
-            self._save()
+            self._on_rank0(self._save)
         if action == PreemptionHandler.STOP:
-            distributed.barrier()  # no rank exits before rank 0 has saved
             message = f"stopped and saved after step {step + 1}; rerun with --resume to continue"
             raise Stopped(message, self.preemption.status)
 
     def end_epoch(self, metrics: dict, heads: HeadStatistics):
         """Write best.pt and a snapshot when due, metrics.jsonl, and plots; print a summary."""
-        epoch, accuracy, model = self.metrics["epoch"], metrics["test_accuracy"], self.components["ema"].module
+        epoch, accuracy = self.metrics["epoch"], metrics["test_accuracy"]
         if epoch > 0:
             mean_loss = self.train_state["loss_sum"] / self.steps_per_epoch  # of the last step
             self.metrics |= {"train_loss": mean_loss, "lr": self.components["optimizer"].param_groups[0]["lr"]}
@@ -105,43 +114,46 @@ class Run:
         is_best = is_trained and accuracy >= self.best_accuracy
         self.best_accuracy = accuracy if is_best else self.best_accuracy
         self.train_state |= {"epoch": epoch + 1, "step_in_epoch": 0, "loss_sum": 0.0}
-        if rank() > 0:
-            return
-        with self._os_errors_as_user_errors():
-            metadata = self.data.classes, self.data.crop_pct
-            if is_best:
-                checkpoint.save_weights(model, *metadata, epoch, self.dir / "best.pt")
-            if epoch in checkpoint.snapshot_epochs(self.config.total_epochs):
-                file = self.dir / "snapshots" / f"epoch_{epoch:04d}.pt"
-                checkpoint.save_weights(model, *metadata, epoch, file, half=True)
-            if "images_per_second" in metrics:
-                checkpoint.record_duration(self.dir, metrics["images_per_second"])
-            self._plot(metrics, is_final=epoch == self.config.total_epochs)
-            if self.config.tensorboard:
-                write_events(self.dir, metrics, heads)
-            with open(self.dir / "metrics.jsonl", "a") as file:  # last: its record marks the epoch as finished
-                file.write(json.dumps(metrics) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        self._on_rank0(self._write_epoch, metrics, heads, is_best)
         gate = "" if heads.gate.isnan().all() else f"  mean gate {heads.gate.nanmean():.2f}"
         best = f" (best {self.best_accuracy:.2f}%)" if is_trained else ""
         split = self.data.eval_split
         print0(f"epoch {epoch:3}  {split} accuracy {accuracy:.2f}%{best}  loss {metrics['test_loss']:.3f}{gate}")
 
+    def _write_epoch(self, metrics: dict, heads: HeadStatistics, is_best: bool):
+        epoch, model = metrics["epoch"], self.components["ema"].module
+        metadata = self.data.classes, self.data.crop_pct
+        if is_best:
+            checkpoint.save_weights(model, *metadata, epoch, self.dir / "best.pt")
+        if epoch in checkpoint.snapshot_epochs(self.config.total_epochs):
+            file = self.dir / "snapshots" / f"epoch_{epoch:04d}.pt"
+            checkpoint.save_weights(model, *metadata, epoch, file, half=True)
+        if "images_per_second" in metrics:
+            checkpoint.record_duration(self.dir, time.monotonic() - self.started, metrics["images_per_second"])
+        self._plot(metrics, is_final=epoch == self.config.total_epochs)
+        if self.events:
+            write_events(self.events, metrics, heads)
+        with open(self.dir / "metrics.jsonl", "a") as file:  # last: its record marks the epoch as finished
+            file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
     def _init_run(self):
         """Lock the run folder, restore the state if it is resumed, and write config and provenance."""
-        resumed, history = distributed.from_rank0(self._acquire_dir, distributed.was_restarted())
+        resumed, history = self._on_rank0(self._acquire_dir, distributed.was_restarted())
         records = self._resume() if resumed else []
-        if rank() == 0 and self.train_state["epoch"] <= self.config.total_epochs:
-            entry = checkpoint.provenance(self.device) | {"job": distributed.job_id()}
-            checkpoint.write_text(self.dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-            checkpoint.write_text(self.dir / "provenance.json", json.dumps([*history, entry], indent=2) + "\n")
-            config = dataclasses.asdict(self.config)
-            checkpoint.write_text(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
-        distributed.barrier()
+        if self.train_state["epoch"] <= self.config.total_epochs:
+            self._on_rank0(self._write_start, records, history)
+
+    def _write_start(self, records: list[dict], history: list[dict]):
+        entry = checkpoint.provenance(self.device) | {"job": distributed.job_id()}
+        checkpoint.write_text(self.dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        checkpoint.write_text(self.dir / "provenance.json", json.dumps([*history, entry], indent=2) + "\n")
+        config = dataclasses.asdict(self.config)
+        checkpoint.write_text(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
 
     def _acquire_dir(self, restarted: bool) -> tuple[bool, list[dict]]:
-        """Lock the run folder until the process ends. Return whether to resume the run in it, and its provenance.
+        """Lock the run folder until training ends. Return whether to resume the run in it, and its provenance.
 
         After an automatic torchrun restart, training resumes without --resume. Raises UserError if the folder contains
         a run that should not be resumed, or if another process is using it.
@@ -154,10 +166,15 @@ class Run:
                 raise UserError(f"{self.dir} already contains a run: add --resume to continue, or choose another --run")
         elif (self.dir / "metrics.jsonl").exists() and any(record["epoch"] > 0 for record in read_metrics(self.dir)):
             raise UserError(f"{self.dir} contains a run without its last.pt: choose another --run")
-        (self.dir / "snapshots").mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT)  # kept open: the lock is released at exit
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forked workers
+            import fcntl
+        except ImportError as error:
+            raise UserError("training needs Linux or macOS; on Windows, use WSL") from error
+        (self.dir / "snapshots").mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT)
+        self.resources.callback(os.close, lock)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forked workers
         except (BlockingIOError, PermissionError) as error:
             raise UserError(
                 f"another process is training in {self.dir}: wait for it, or choose another --run"
@@ -177,11 +194,7 @@ class Run:
                 component.load_state_dict(record[name])
         except (RuntimeError, KeyError) as error:  # a different number of classes, for example
             raise UserError(f"{file} does not match this model and data: {error}") from error
-        if state["num_train"] != self.data.num_train:
-            raise UserError(
-                f"there are {self.data.num_train} training images, but {self.dir} started with {state['num_train']}: "
-                f"restore the original images, or choose another --run with --weights {self.dir}/best.pt"
-            )
+        self._check_images(state)
         records = distributed.from_rank0(read_metrics, self.dir)
         if state["step_in_epoch"] == self.steps_per_epoch and any(r["epoch"] == state["epoch"] for r in records):
             state |= {"epoch": state["epoch"] + 1, "step_in_epoch": 0, "loss_sum": 0.0}  # it was evaluated, too
@@ -191,17 +204,30 @@ class Run:
         self.best_accuracy = max(accuracies, default=-1.0)
         return records
 
+    def _check_images(self, state: dict):
+        """Compare the numbers of images with those at the start of the run. Its epochs keep their number of steps."""
+        num_train = state["num_train"]
+        num_eval = state.get("num_eval", self.data.num_eval)  # not in older runs
+        self.data.epoch_length = self.config.epoch_length(num_train)
+        if (num_train, num_eval) == (self.data.num_train, self.data.num_eval):
+            return
+        change = f"there are {self.data.num_train} training and {self.data.num_eval} evaluation images, but {self.dir} "
+        change += f"started with {num_train} and {num_eval}"
+        if self.config.val_fraction:  # the split is drawn again: images that were trained on would be evaluated on
+            raise UserError(f"{change}: restore the original files (--skip-bad-images leaves out unreadable ones), or "
+                            f"choose another --run with --weights {self.dir}/best.pt")  # fmt: skip
+        print0(f"note: {change}; the run goes on, but is no longer exactly reproducible")
+
     def _is_trained(self, epoch: int) -> bool:
         """Whether the model of an epoch may become best.pt: not a random initialization."""
         return epoch > 0 or self.config.weights is not None
 
     def _save(self):
         """Write last.pt: all components, the flags, and the training state."""
-        if rank() == 0:
-            record = {name: component.state_dict() for name, component in self.components.items()}
-            record |= {"config": dataclasses.asdict(self.config), "train_state": self.train_state}
-            record |= checkpoint.model_metadata(self.components["model"], self.data.classes, self.data.crop_pct)
-            checkpoint.save(record, self.dir / "last.pt")
+        record = {name: component.state_dict() for name, component in self.components.items()}
+        record |= {"config": dataclasses.asdict(self.config), "train_state": self.train_state}
+        record |= checkpoint.model_metadata(self.components["model"], self.data.classes, self.data.crop_pct)
+        checkpoint.save(record, self.dir / "last.pt")
 
     def _check_finite(self, loss: float, step: int, lr: float):
         """Raise UserError if the loss has diverged."""
@@ -225,26 +251,34 @@ class Run:
 
     def _plot(self, metrics: dict, is_final: bool):
         if is_final or time.monotonic() - self.last_plot > PLOT_INTERVAL:
+            from training.plots import plot_run  # slow to import
+
             grid = self.components["model"].config.grid
             history = [*read_metrics(self.dir), metrics]
             plot_run(history, self.dir, uniform_non_locality(grid), self.data.eval_split)
             self.last_plot = time.monotonic()
 
-    @contextlib.contextmanager
-    def _os_errors_as_user_errors(self):
-        """Convert an OSError, such as a full disk or a missing permission, to a UserError."""
-        try:
-            yield
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            advice = f"free disk space, then {checkpoint.rerun(self.dir)}" if full else "check its permissions"
-            raise UserError(f"{self.dir} cannot be written ({error}): {advice}") from error
+    def _on_rank0(self, function: Callable, *args):
+        """Call a function on rank 0 and return its result on all ranks.
+
+        All of them raise its UserError, or one for an OSError, such as a full disk or a missing permission.
+        """
+
+        def call():
+            try:
+                return function(*args)
+            except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                advice = f"free disk space, then {checkpoint.rerun(self.dir)}" if full else "check its permissions"
+                raise UserError(f"{self.dir} cannot be written ({error}): {advice}") from error
+
+        return distributed.from_rank0(call)
 
 
 class PreemptionHandler:
     """Decides after every step whether to save or stop; all ranks get the same answer after the same step.
 
-    SIGTERM and Ctrl-C only set a flag, so that the current step is finished and saved.
+    While it is open, SIGTERM and Ctrl-C only set a flag, so that the current step is finished and saved.
     """
 
     CONTINUE, SAVE, STOP = 0, 1, 2
@@ -252,8 +286,14 @@ class PreemptionHandler:
     def __init__(self, save_every: str | None):
         """`save_every` is a number of steps, minutes as in "10m", or None."""
         self.received, self.saved_at, self.save_every = 0, time.monotonic(), save_every
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+
+    def __enter__(self):
+        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def after_step(self, step: int) -> int:
         """CONTINUE, SAVE, or STOP."""
@@ -278,7 +318,7 @@ class PreemptionHandler:
         if distributed.local_rank() == 0:
             print("\nstopping after this step", file=sys.stderr, flush=True)
         if distributed.world_size() == 1:  # torchrun may forward a signal that was already received
-            signal.signal(number, signal.SIG_DFL)  # a second signal terminates at once
+            signal.signal(number, self.previous[number])  # a second signal terminates at once
 
 
 def progress_bar(epoch: int, initial: int, total: int) -> tqdm:
@@ -287,14 +327,12 @@ def progress_bar(epoch: int, initial: int, total: int) -> tqdm:
     return tqdm(initial=initial, total=total, desc=f"epoch {epoch}", unit="img", leave=False, disable=disable)
 
 
-def write_events(run_dir: Path, metrics: dict, heads: HeadStatistics):
+def write_events(writer, metrics: dict, heads: HeadStatistics):
     """Write the metrics of an epoch as TensorBoard events."""
-    from torch.utils.tensorboard import SummaryWriter  # an optional dependency
-
-    with SummaryWriter(run_dir / "tensorboard") as writer:
-        for name, value in metrics.items():
-            if isinstance(value, float):
-                writer.add_scalar(name, value, metrics["epoch"])
-        for layer, gates in enumerate(heads.gate, 1):
-            if not gates.isnan().any():
-                writer.add_scalar(f"mean gate/layer {layer}", gates.mean(), metrics["epoch"])
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            writer.add_scalar(name, value, metrics["epoch"])
+    for layer, gates in enumerate(heads.gate, 1):
+        if not gates.isnan().any():
+            writer.add_scalar(f"mean gate/layer {layer}", gates.mean(), metrics["epoch"])
+    writer.flush()
