@@ -1,8 +1,8 @@
 """Interactive viewer: watch the heads of a ConViT escape locality.
 
-    python app.py                            opens demo/ on http://127.0.0.1:7860
+    python app.py                            opens the models in demo/ on http://127.0.0.1:7860
     python app.py --run runs/cifar           opens a run folder, which may still be training
-    python app.py --run runs/a runs/b        opens runs/a and plots the curves of runs/b alongside its own
+    python app.py --run runs/a runs/b        opens both, and plots the curves of each alongside those of the other
     python app.py --weights convit_tiny      opens a released model, a weights file, or a URL
 
 This file connects the page (viewer/web/) to what it shows (viewer/inspector.py), to the training runs that users start
@@ -19,63 +19,84 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import: no outbound requests
 
 import gradio as gr
 import torch
+from einops import rearrange
 from gradio.media import get_image
 from PIL import Image
 from starlette.middleware import Middleware
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
 
 from images import center_crop, load_image
 from training.patterns import patterns
 from viewer.export import render_gif, render_png
-from viewer.inspector import AttentionInspector, data_url, encode_image, open_run, open_weights, read_curves
+from viewer.inspector import AttentionInspector, data_url, encode_image, open_run, open_weights
 from viewer.limits import RequestLimitMiddleware
 from viewer.sessions import TrainingQueue
 
 HERE = Path(__file__).parent
 WEB = HERE / "viewer" / "web"
-SCRIPTS = ["maps.js", "charts.js", "heads.js", "curves.js", "kernel.js", "train.js", "controls.js", "main.js"]
-EXAMPLES = {"cheetah": "cheetah1.jpg", "lion": "lion.jpg", "bus": "bus.png", "tower": "tower.jpg"}  # part of Gradio
+DEMOS = {"patterns": "Find the match (synthetic)", "cifar10": "CIFAR-10 photos"}  # folder in demo/: title
+PHOTOS = {"cheetah": "cheetah1.jpg", "lion": "lion.jpg", "bus": "bus.png", "tower": "tower.jpg"}  # part of Gradio
+MAX_EXAMPLES = 6
+PATCH = 4  # pixels; the squares of the patterns are aligned with it
 PAGE_CSS = """.gradio-container { overflow: visible !important; }
 @media (max-width: 700px) { .gradio-container .main { padding: 8px !important; } }"""
 
 
-def build_page(inspector: AttentionInspector, other_runs: list[Path] = ()) -> gr.Blocks:
-    """The page for one model, with the curves of other runs. Raises ValueError for a run without metrics."""
-    other_curves = read_other_curves(inspector.name, other_runs)
+class Example(NamedTuple):
+    """An image that the page offers."""
+
+    data: bytes  # of an image file
+    label: str | None = None  # its class, where the model knows it
+    queries: tuple[int, ...] = ()  # patches of interest
+    target: tuple[int, ...] = ()  # patches that show what these have to find
+
+
+def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> gr.Blocks:
+    """The page for some models, by key; the first one opens. With `compare`, it plots their curves together."""
     training_queue, inspector_by_session = TrainingQueue(), {}
     atexit.register(training_queue.close)
 
     def select(request: dict) -> AttentionInspector:
-        """The server's model (session ""), or the model that a session has trained."""
+        """The model of a key ("" for the first one), or the one that a session has trained."""
         for session, opened in list(inspector_by_session.items()):
             if not opened.run_dir.exists():
                 inspector_by_session.pop(session, None)
-        session = request["session"]
-        if session == "":
-            return inspector
-        run_dir = training_queue.run_dir(session)
+        key = request["model"]
+        if key in models or key == "":
+            return models.get(key) or next(iter(models.values()))
+        run_dir = training_queue.run_dir(key)
         if not run_dir.exists():
             raise ValueError("This training run has expired; please select another model.")
-        opened = inspector_by_session.get(session)
-        return opened or inspector_by_session.setdefault(session, open_run(run_dir, "trained here"))
+        opened = inspector_by_session.get(key)
+        return opened or inspector_by_session.setdefault(key, open_run(run_dir, "your tiny model"))
 
     # the functions that the page's JavaScript calls
     def describe(request: dict) -> dict:
         selected = select(request)
         selected.refresh()
-        examples = load_examples(selected.train_config.get("dataset"))
-        thumbnails = [{"name": name, "thumbnail": thumbnail(data)} for name, data in examples.items()]
-        curves = [] if request["session"] else other_curves
-        return selected.describe() | {"other_curves": curves, "examples": thumbnails}
+        others = [model.describe()["curves"] for model in models.values() if compare and model is not selected]
+        return selected.describe() | {
+            "key": next((key for key, model in models.items() if model is selected), request["model"]),
+            "models": [{"key": key, "name": model.name} for key, model in models.items()],
+            "other_curves": [curves for curves in others if curves],
+            "examples": [
+                {"name": name, "thumbnail": thumbnail(example.data)} | example._replace(data=None)._asdict()
+                for name, example in load_examples(selected).items()
+            ],
+            "opening": opening_view(selected),
+        }  # fmt: skip
 
     def prepare_image(request: dict) -> dict:
         selected = select(request)
         if "example" in request:
-            return selected.prepare_image(load_examples(selected.train_config.get("dataset"))[request["example"]])
+            return selected.prepare_image(load_examples(selected)[request["example"]].data)
         return selected.prepare_image(base64.b64decode(request["file"], validate=True))
 
     def layer_maps(request: dict) -> dict:
@@ -86,34 +107,34 @@ def build_page(inspector: AttentionInspector, other_runs: list[Path] = ()) -> gr
         return selected.recompute(request["pixels"], request["layer"], request["snapshot"], request["gates"])
 
     def export(request: dict) -> dict:
-        selected, layer, query = select(request), request["layer"], request["query"]
+        view = [request[name] for name in ("layer", "head", "query", "gates")]
         image = {"display": request["display"], "pixels": request["pixels"]}
         if request["animated"]:
-            return {"file": data_url(render_gif(selected, image, layer, query), "image/gif")}
-        gates, recomputed = request["gates"], request["recomputed"]
-        png = render_png(selected, image, layer, request["snapshot"], query, gates, recomputed)
-        return {"file": data_url(png, "image/png")}
+            return {"file": data_url(render_gif(select(request), image, *view), "image/gif")}
+        return {"file": data_url(render_png(select(request), image, *view, request["snapshot"]), "image/png")}
 
     def train(request: dict) -> dict:
         if request["action"] == "start":
-            inspector_by_session.pop(request["session"], None)  # the session's earlier run
-        return training_queue.handle(request["session"], request["action"])
+            inspector_by_session.pop(request["model"], None)  # the session's earlier run
+        return training_queue.handle(request["model"], request["action"])
 
     # the function that Python clients call
     def heads(image: str, layer: int, snapshot: int = -1, row: int = 0, column: int = 0) -> list[dict]:
         """Gate and attention maps of every head of a layer, for one query patch of an image (a file in base64).
 
-        Layers count from 1, as on the page; snapshots, rows, and columns from 0. Snapshot -1 is the last one.
+        The model is the one that the page opens with. Layers count from 1, as on the page; snapshots, rows, and columns
+        from 0. Snapshot -1 is the last one.
         """
+        inspector = next(iter(models.values()))
         (rows, columns), count = inspector.config.grid, len(inspector.epochs)
-        ranges = {"layer": (layer, 1, len(inspector.layers)), "snapshot": (snapshot, -count, count - 1),
+        ranges = {"layer": (layer, 1, inspector.config.depth), "snapshot": (snapshot, -count, count - 1),
                   "row": (row, 0, rows - 1), "column": (column, 0, columns - 1)}  # fmt: skip
         for name, (value, lowest, highest) in ranges.items():
             if not (isinstance(value, int) and lowest <= value <= highest):
                 raise gr.Error(f"expected a {name} from {lowest} to {highest}", print_exception=False)
         try:
             pixels = inspector.prepare_image(base64.b64decode(image, validate=True))["pixels"]
-            return inspector.head_maps(pixels, layer - 1, snapshot % count, row * columns + column)
+            return inspector.head_maps(pixels, layer - 1, snapshot, row * columns + column)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
 
@@ -121,7 +142,7 @@ def build_page(inspector: AttentionInspector, other_runs: list[Path] = ()) -> gr
         gr.HTML(
             html_template=(WEB / "page.html").read_text(),
             css_template=(WEB / "page.css").read_text(),
-            js_on_load="\n".join((WEB / name).read_text() for name in SCRIPTS),
+            js_on_load='import(new URL("web/main.js", document.baseURI)).then((page) => page.start(element, server));',
             server_functions=list(map(json_errors, (describe, prepare_image, layer_maps, recompute, export, train))),
             apply_default_css=False,
             elem_id="viewer",
@@ -130,13 +151,11 @@ def build_page(inspector: AttentionInspector, other_runs: list[Path] = ()) -> gr
     return page
 
 
-def read_other_curves(name: str, runs: list[Path]) -> list[dict]:
-    """Curves of other runs; where names repeat, they include the parent folder. Raises ValueError without metrics."""
-    names = [name, *(run.name for run in runs)]
-    curves = [read_curves(run, run.name if names.count(run.name) == 1 else "/".join(run.parts[-2:])) for run in runs]
-    if None in curves:
-        raise ValueError(f"{runs[curves.index(None)]} has no metrics.jsonl; pass run folders with --run")
-    return curves
+def open_models(runs: list[Path]) -> dict[str, AttentionInspector]:
+    """Run folders by name; where names repeat, they include the parent folder. Raises OSError or ValueError."""
+    names = [run.name for run in runs]
+    keys = [run.name if names.count(run.name) == 1 else "/".join(run.parts[-2:]) for run in runs]
+    return {key: open_run(run, key) for key, run in zip(keys, runs, strict=True)}
 
 
 def json_errors(function):
@@ -154,13 +173,58 @@ def json_errors(function):
     return wrapper
 
 
-@functools.cache
-def load_examples(dataset: str | None) -> dict[str, bytes]:
-    """Example images as files, by name: synthetic patterns for models trained on them, else photos."""
-    if dataset != "patterns":
-        return {name: Path(get_image(file)).read_bytes() for name, file in EXAMPLES.items()}
-    images = patterns(4, "test")[0].permute(0, 2, 3, 1).numpy()
-    return {f"pattern {index}": encode_image(Image.fromarray(pixels), "PNG") for index, pixels in enumerate(images, 1)}
+def load_examples(inspector: AttentionInspector) -> dict[str, Example]:
+    """Example images by name: of the model's dataset where they can be read, else of its run folder, and photos."""
+    config = inspector.train_config
+    return _load_examples(config.get("dataset"), config.get("data_dir"), inspector.run_dir, tuple(inspector.classes))
+
+
+@functools.lru_cache(maxsize=16)
+def _load_examples(
+    dataset: str | None, data_dir: str | None, run_dir: Path | None, classes: tuple[str, ...]
+) -> dict[str, Example]:
+    from training.data import cifar_class  # slow to import
+    from training.folders import find_images
+
+    if dataset == "patterns":
+        return pattern_examples(classes)
+    data_dir = Path(data_dir or "")
+    files = {name: Path(get_image(file)) for name, file in PHOTOS.items()}
+    if own := sorted(run_dir.glob("images/*.jpg")) if run_dir else []:  # named after their classes
+        files = {file.stem: file for file in own} | files
+    elif (cifar := cifar_class(dataset)) and (data_dir / cifar.base_folder).is_dir():
+        test = cifar(data_dir, train=False)
+        first = {test.classes[label]: image for image, label in reversed([*zip(test.data, test.targets, strict=True)])}
+        images = {name: encode_image(Image.fromarray(image), "PNG") for name, image in first.items()}
+        return {name: Example(images[name], name) for name in test.classes[:MAX_EXAMPLES]}
+    elif dataset == "folder" and (split := next(filter(Path.is_dir, (data_dir / "test", data_dir / "val")), None)):
+        files = {name: paths[0] for name, paths in find_images(split).items()}
+    shown = list(files.items())[:MAX_EXAMPLES]
+    return {name: Example(file.read_bytes(), name if name in classes else None) for name, file in shown}
+
+
+def pattern_examples(classes: tuple[str, ...]) -> dict[str, Example]:
+    """The first test image of every texture: patches of the plain square, and of the texture of its color."""
+    examples = {}
+    for pixels, label in zip(*(part[:32] for part in patterns(2000, "test")), strict=True):
+        patches = rearrange(pixels, "c (Y p) (X q) -> (Y X) (p q) c", p=PATCH, q=PATCH)
+        is_plain = (patches == patches[:, :1]).all(dim=(1, 2))
+        has_color = (patches == patches[is_plain][0, 0]).all(dim=2).any(dim=1)
+        queries, target = (tuple(mask.nonzero()[:, 0].tolist()) for mask in (is_plain, has_color & ~is_plain))
+        file = encode_image(Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy()), "PNG")
+        examples.setdefault(classes[label], Example(file, classes[label], queries, target))
+    return examples
+
+
+def opening_view(inspector: AttentionInspector) -> dict:
+    """The view that shows most: an image that the model learns to classify, and a head that escapes."""
+    examples = load_examples(inspector)
+    pixels = {name: inspector.prepare_image(example.data)["pixels"] for name, example in examples.items()}
+    learned = [name for name, example in examples.items() if inspector.learns(pixels[name], example.label)]
+    heads = {name: inspector.telling_head(pixels[name], examples[name].queries, examples[name].target)
+             for name in learned or list(examples)[:1]}  # fmt: skip
+    name = max(heads, key=heads.get)
+    return {"image": name, "layer": heads[name][1], "head": heads[name][2]}
 
 
 @functools.lru_cache(maxsize=16)
@@ -175,8 +239,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     model = parser.add_mutually_exclusive_group()
-    run_help = "run folder to open (default: demo/); more runs add their curves"
-    model.add_argument("--run", nargs="+", default=[HERE / "demo"], type=Path, metavar="FOLDER", help=run_help)
+    run_help = "run folders to open (default: those in demo/)"
+    model.add_argument("--run", nargs="+", type=Path, metavar="FOLDER", help=run_help)
     weights_help = "released model, weights file, or URL to open instead"
     model.add_argument("--weights", metavar="NAME|FILE|URL", help=weights_help)
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # set by Hugging Face Spaces
@@ -186,11 +250,14 @@ def main():
     torch.set_num_threads(2)
     try:
         if args.weights:
-            page = build_page(open_weights(args.weights))
+            models = {"weights": open_weights(args.weights)}
+        elif args.run:
+            models = open_models(args.run)
         else:
-            page = build_page(open_run(args.run[0]), args.run[1:])
+            models = {name: open_run(HERE / "demo" / name, title) for name, title in DEMOS.items()}
     except (OSError, ValueError) as error:
         sys.exit(f"app.py: {error}")
+    page = build_page(models, compare=bool(args.run))
     try:
         socket.create_server((args.host, args.port or 0)).close()
     except (OSError, OverflowError) as error:
@@ -199,7 +266,8 @@ def main():
     # fmt: off
     page.launch(server_name=args.host, server_port=args.port, footer_links=[], quiet=True, run_history=False,
                 css=PAGE_CSS, share=False, ssr_mode=False, prevent_thread_lock=True,
-                app_kwargs={"middleware": [Middleware(RequestLimitMiddleware)]})
+                app_kwargs={"middleware": [Middleware(RequestLimitMiddleware)],
+                            "routes": [Mount("/web", StaticFiles(directory=WEB))]})
     # fmt: on
     print(f"Viewer running at {page.local_url} (press Ctrl-C to stop)", flush=True)
     page.block_thread()

@@ -20,7 +20,7 @@ from convit_min import ConViTConfig
 
 ROOT = Path(__file__).parent.parent
 SERVER_PIDS = {}  # by URL
-DEMO = ROOT / "demo"
+DEMO = ROOT / "demo" / "cifar10"
 # a small model on a grid of 5 x 7 patches, 9 heads, two GPSA blocks and a plain one
 CONFIG = ConViTConfig(img_size=(20, 28), patch_size=4, num_classes=5, dim=36, num_heads=9, depth=3, gpsa_layers=2)
 
@@ -130,6 +130,7 @@ def open_page(browser, url: str, width: int = 1440):
     """Yield the loaded page; on exit, check that it had no script errors and sent no requests to other hosts."""
     page = browser.new_page(viewport={"width": width, "height": 1000})
     page.set_default_timeout(20_000)
+    page.add_init_script("localStorage.setItem('convit-tour', 'seen')")  # the tour would cover controls
     errors, requests = [], []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))

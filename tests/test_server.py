@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT, SERVER_PIDS, assert_maps, open_page, perturb, serving
+from conftest import DEMO, ROOT, SERVER_PIDS, assert_maps, open_page, page_map, perturb, serving
 from PIL import Image
 
 import app
@@ -61,7 +61,7 @@ def oblong(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(oblong, tmp_path_factory):
-    """The viewer of that run, with the curves of two others, one of the same name."""
+    """The viewer of that run, and of two others, one of the same name."""
     runs = [oblong, oblong.parent / "plain ViT", oblong.parent / "again" / oblong.name]
     with serving(tmp_path_factory.mktemp("server"), "--run", *runs, "--host", "localhost") as url:
         yield url
@@ -72,8 +72,11 @@ def test_non_square_grid_and_run_in_progress(browser, server, oblong):
         cards = page.eval_on_selector_all("[data-head]", "cards => cards.map(card => Number(card.dataset.head))")
         assert cards == [0, 2, 4, 1, 3, 5]
         assert "<img" in page.locator(".prediction").inner_text() or "a & b" in page.locator(".prediction").inner_text()
-        assert page.locator(".prediction img, .models b").count() == 0
+        assert page.locator(".prediction img, .models b, .facts b").count() == 0
+        assert page.locator(".growing").inner_text() == "training, epoch 1 of 4"
         page.locator(".snapshot").fill("1")
+        page.locator(".layer").select_option(label="2")
+        page.wait_for_function("convit.state.layer === 1")
         model = perturb(ConViT(OBLONG))
         model.load_state_dict(torch.load(oblong / "snapshots/epoch_0001.pt", weights_only=True)["model"])
         raw = np.frombuffer(base64.b64decode(page.evaluate("convit.pixels()")), dtype=np.uint8).reshape(32, 48, 3)
@@ -83,12 +86,22 @@ def test_non_square_grid_and_run_in_progress(browser, server, oblong):
         page.locator(".image").click(position={"x": page.locator(".image").bounding_box()["width"] - 3, "y": 3})
         assert page.evaluate("convit.state.query") == 5  # the last patch of the first row
         page.get_by_role("tab", name="Training curves").click()
-        assert page.locator(".run-names li").all_inner_texts() == ["oblong <b>run", "plain ViT", "again/oblong <b>run"]
+        names = [f"{oblong.parent.name}/oblong <b>run", "plain ViT", "again/oblong <b>run"]
+        assert page.locator(".run-names li").all_inner_texts() == names
+        assert page.locator(".models button").all_inner_texts() == names
         assert page.locator(".score-charts figure").count() == 2
 
         add_epoch(oblong, perturb(model), 2)
         page.wait_for_function("document.querySelector('.snapshot').max === '2'")
         page.wait_for_function("convit.state.snapshot === 2")  # a view of the last snapshot stays on the last one
+
+        page.get_by_role("tab", name="Watch heads escape").click()
+        page.locator("[data-model='plain ViT']").click()
+        page.wait_for_function("convit.state.key === 'plain ViT' && convit.state.maps")
+        assert "no head has a gate or a position map" in page.locator(".heatmap-summary").inner_text()
+        assert page.locator(".kinds").is_hidden() and page.locator(".meter").is_hidden()
+        content = page_map(page, 2, 5, "content")
+        assert 0.5 < content.sum() < 1.01 and (page_map(page, 2, 5, "mixed") == content).all()
 
 
 @pytest.mark.parametrize("name", ["convit_tiny", "convit_base"])
@@ -115,10 +128,14 @@ def test_page_of_released_weights(browser, tmp_path):
     with serving(tmp_path, "--weights", tmp_path / "released.pth") as url, open_page(browser, url) as page:
         assert page.locator("[data-head]").count() == 4
         assert page.locator(".play").is_hidden()  # one snapshot has no training time
-        assert page.locator(".caption").inner_text().startswith("After training, ")
+        assert "After training" in page.locator(".caption").inner_text()
         page.locator(".layer").select_option(label="3")
         page.wait_for_function("convit.state.layer === 2")
-        page.wait_for_function("document.querySelector('.layer-number').textContent === '3'")
+        assert page.locator(".heads-title").inner_text() == "The 4 heads of layer 3"
+        with page.expect_download() as event:
+            page.locator(".save-csv").click()
+        rows = Path(event.value.path()).read_text().splitlines()
+        assert rows[1].startswith(",1,1,")  # the epoch of these weights is unknown
         page.get_by_role("tab", name="Training curves").click()
         assert "No training history for these weights" in page.locator("#curves").inner_text()
 
@@ -128,7 +145,7 @@ def test_invalid_arguments_exit_with_one_sentence(tmp_path, monkeypatch):
         (["--weights", "convit_huge"], "there is no file convit_huge, and no released model of that name"),
         (["--weights", __file__], "cannot be downloaded, is damaged, or is not a PyTorch checkpoint"),
         (["--run", "nowhere"], "nowhere has no snapshots; pass a run folder of train_cifar.py with --run"),
-        (["--run", DEMO, tmp_path], "has no metrics.jsonl"),
+        (["--run", DEMO, tmp_path], "has no snapshots; pass a run folder"),
     ):
         monkeypatch.setattr(sys, "argv", ["app.py", *map(str, flags)])
         with pytest.raises(SystemExit) as exit_info:
@@ -147,7 +164,7 @@ def test_api_returns_the_models_maps(server, oblong):
     assert np.array(heads[4]["mixed"]).shape == (4, 6) and np.sum(heads[4]["mixed"]) == pytest.approx(1, abs=1e-5)
     for arguments, message in (
         (["bm90aGluZw==", 1], "cannot be read as an image"),
-        (["", 9], "a layer from 1 to 2"),
+        (["", 9], "a layer from 1 to 3"),
         (["", 1, 0, 4], "a row from 0 to 3"),
     ):
         with pytest.raises(Exception, match=message):
@@ -196,7 +213,7 @@ def test_server_survives_hostile_files(server, oblong):
     before = memory(pid)
 
     def send(file: bytes) -> dict:
-        return call("prepare_image", {"session": "", "file": base64.b64encode(file).decode()})
+        return call("prepare_image", {"model": "", "file": base64.b64encode(file).decode()})
 
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(send, files))
@@ -211,21 +228,28 @@ def test_server_survives_hostile_files(server, oblong):
 def test_invalid_requests_return_one_sentence(server):
     call = server_function(server)
     pixels = base64.b64encode(bytes(32 * 48 * 3)).decode()
-    valid = {"session": "", "pixels": pixels, "layer": 1, "snapshot": 1, "query": 3, "gates": [[0.5] * 6] * 2}
+    valid = {
+        "model": "",
+        "pixels": pixels,
+        "layer": 1,
+        "snapshot": 1,
+        "query": 3,
+        "gates": [[0.5] * 6, [None] * 6, None],
+    }
     assert "predictions" in call("recompute", valid)
     display = "data:image/png;base64," + base64.b64encode(encode(Image.new("RGB", (9, 6)))).decode()
-    export = valid | {"animated": False, "display": display, "recomputed": False}
+    export = valid | {"animated": False, "display": display, "head": 0}
     invalid = [("layer_maps", valid | change) for change in (
         {"layer": 7}, {"layer": -1}, {"layer": 1.0}, {"layer": None}, {"pixels": "%%"}, {"pixels": pixels[:8]},
-        {"pixels": None}, {"session": "../../demo"}, {"session": "nobody"}, {"session": None},
-        {"session": ["a"]})]  # fmt: skip
+        {"pixels": None}, {"model": "../../demo"}, {"model": "nobody"}, {"model": None},
+        {"model": ["a"]})]  # fmt: skip
     invalid += [("recompute", valid | change) for change in (
-        {"gates": [[0.5] * 6]}, {"gates": [[2] * 6] * 2}, {"gates": "x"}, {"gates": [[None] * 6] * 2},
-        {"gates": [[float("nan")] * 6] * 2}, {"snapshot": 99}, {"snapshot": "1"})]  # fmt: skip
+        {"gates": [[0.5] * 6]}, {"gates": [[2] * 6] * 3}, {"gates": "x"}, {"gates": [["x"] * 6] * 3}, {"gates": 1},
+        {"snapshot": 99}, {"snapshot": "1"})]  # fmt: skip
     invalid += [("export", export | change) for change in (
-        {"query": 24}, {"query": -1}, {"display": "x"}, {"display": None}, {"gates": [[0.5]]})]  # fmt: skip
-    invalid += [("train", {"session": session, "action": "start"}) for session in ("../x", 3)]
-    invalid += [("prepare_image", {"session": "", "example": "none"}), ("prepare_image", None)]
+        {"query": 24}, {"query": -1}, {"head": 6}, {"display": "x"}, {"display": None}, {"gates": [1]})]  # fmt: skip
+    invalid += [("train", {"model": session, "action": "start"}) for session in ("../x", 3)]
+    invalid += [("prepare_image", {"model": "", "example": "none"}), ("prepare_image", None)]
     invalid += [("describe", []), ("export", "x")]
     for name, request in invalid:
         answer = call(name, request)

@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO
+from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
-from convit_min import ConViT, ConViTConfig
+from convit_min import ConViT, ConViTConfig, create_model
 from images import load_image, normalize
 from viewer import sessions
-from viewer.export import render_gif
-from viewer.inspector import check_upload, open_run, read_curves
+from viewer.export import draw_gates, render_gif
+from viewer.inspector import AttentionInspector, check_upload, open_run, open_weights, read_curves
 from weights import load_weights
 
 
 @pytest.fixture(scope="module")
 def inspector():
-    return open_run(DEMO)
+    return open_run(str(DEMO))
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_content_maps_match_the_model_to_one_byte(inspector, photo):
     raw = np.frombuffer(base64.b64decode(image["pixels"]), dtype=np.uint8).reshape(32, 32, 3)
     assert raw[:, :10].mean((0, 1)) == pytest.approx((120, 20, 20), abs=2)
     files = sorted((DEMO / "snapshots").glob("*.pt"))
-    answers = [inspector.layer_maps(image["pixels"], layer) for layer in range(len(inspector.layers))]
+    answers = [inspector.layer_maps(image["pixels"], layer) for layer in range(inspector.config.depth)]
     for snapshot in (0, len(files) - 1):
         record = torch.load(files[snapshot], weights_only=True)
         model = ConViT(ConViTConfig(**record["model_config"])).eval()
@@ -49,7 +50,7 @@ def test_content_maps_match_the_model_to_one_byte(inspector, photo):
         with torch.no_grad():
             logits, attention = model(normalize(torch.tensor(raw).permute(2, 0, 1)[None]), return_attention=True)
         for layer, answer in enumerate(answers):
-            content = attention[layer].content[0]
+            content = attention[layer].content[0, :, -64:, -64:]  # without the class token
             quantized = np.frombuffer(base64.b64decode(answer["content"][snapshot]), dtype=np.uint8)
             peak = torch.tensor(answer["peaks"][snapshot])[:, None, None]
             error = (torch.tensor(quantized).view_as(content) / 255 * peak - content).abs() / peak
@@ -63,13 +64,14 @@ def test_content_maps_match_the_model_to_one_byte(inspector, photo):
 def test_description_matches_the_run(inspector):
     description = json.loads(json.dumps(inspector.describe()))
     metrics = [json.loads(line) for line in (DEMO / "metrics.jsonl").read_text().splitlines()]
-    assert description["epochs"][0] == 0 and len(description["epochs"]) >= 8
+    assert description["epochs"] == [0, 1, 3, 10, 30]
     assert description["kernel"] == [3, 3] and description["grid"] == [8, 8]
     assert description["curves"]["test_accuracy"] == [record["test_accuracy"] for record in metrics]
     assert description["curves"]["train_loss"][0] is None  # epoch 0 is before training
-    assert description["finished"] and read_curves(DEMO / "snapshots", "") is None
+    assert description["last_epoch"] == 30 and read_curves(DEMO / "snapshots", "") is None
     np.testing.assert_allclose(description["gate"][-1][0], metrics[-1]["heads"]["gate"][0], atol=2e-3)
-    np.testing.assert_allclose(np.array(description["v_pos"][0])[:, :, 2], -1)
+    np.testing.assert_allclose(np.array(description["v_pos"][0][:5])[:, :, 2], -1)
+    assert description["gate"][0][5:] == description["v_pos"][0][5:] == [None, None]  # self-attention
 
 
 def test_layer_maps_reject_invalid_arguments(inspector, photo):
@@ -142,8 +144,38 @@ def test_open_run_rejects_missing_and_damaged_snapshots(tmp_path):
         open_run(tmp_path / "run")
 
 
+def test_snapshots_count_from_the_end(inspector, photo):
+    pixels = inspector.prepare_image(photo)["pixels"]
+    assert inspector.head_maps(pixels, 3, -1, 0) == inspector.head_maps(pixels, 3, 4, 0)
+    with pytest.raises(ValueError, match="a snapshot from -5 to 4"):
+        inspector.head_maps(pixels, 3, -6, 0)
+    assert inspector.head_maps(pixels, 6, -1, 0)[0]["position"] is None
+
+
+def test_models_of_any_grid_open(tmp_path, photo):
+    small = create_model("convit_tiny", img_size=96)
+    torch.save(small.state_dict(), tmp_path / "small.pth")
+    assert open_weights(tmp_path / "small.pth").config.grid == (6, 6)  # not resized to 224 px
+    long = ConViT(ConViTConfig((1, 400), 1, num_classes=2, dim=12, depth=2, num_heads=1, gpsa_layers=1)).eval()
+    long.crop_pct = 1.0
+    display = AttentionInspector("long", ["a", "b"], [long], [None]).prepare_image(photo)["display"]
+    with Image.open(io.BytesIO(base64.b64decode(display.partition(",")[2]))) as image:
+        assert image.size == (400, 1)  # at least one pixel per patch
+
+
+def test_figures_use_the_pages_epoch_scale_and_show_changed_gates(inspector):
+    history = inspector.describe()
+    history["gate"] = [layers[3] for layers in history["gate"]]
+    axes = Figure().add_subplot()
+    draw_gates(axes, history, 4, 4, [None] * 4 + [0.9] + [None] * 4)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "3", "10", "30"]
+    np.testing.assert_allclose(axes.get_xticks(), np.log1p([0, 1, 3, 10, 30]))
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    assert [line.get_ydata()[0] for line in crosses] == [0.9]
+
+
 def test_gif_has_one_distinct_frame_per_snapshot(inspector, photo):
-    gif = render_gif(inspector, inspector.prepare_image(photo), 4, 0)
+    gif = render_gif(inspector, inspector.prepare_image(photo), 3, 4, 0)
     with Image.open(io.BytesIO(gif)) as animation:
         frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(animation)]
     assert len(frames) == len(inspector.epochs)
@@ -190,6 +222,13 @@ while not (run / "finish").exists(): time.sleep(0.02)
             training_queue.handle(session, "start")
             wait_for(session, "training")
             finish(session)
+        (training_queue.run_dir("f") / "first").touch()
+        for _ in range(2):  # a second run that is stopped before its first epoch does not replace the first
+            training_queue.handle("f", "start")
+            wait_for("f", "training")
+            training_queue.handle("f", "stop")
+            assert training_queue.handle("f", "status")["state"] == "done"
+            assert (training_queue.run_dir("f") / "first").exists()
         kept = list(training_queue.folder.iterdir())
         assert len(kept) == sessions.MAX_KEPT_RUNS and not training_queue.run_dir("anna").exists()
         states = [training_queue.handle(f"s{n}", "start")["state"] for n in range(sessions.MAX_QUEUE_LENGTH + 1)]

@@ -42,7 +42,8 @@ class TrainingQueue:
             if action == "start" and session not in self.queue:
                 if len(self.queue) >= MAX_QUEUE_LENGTH:
                     return self._status(session) | {"state": "full"}  # keeps the session's earlier run
-                shutil.rmtree(run_dir, ignore_errors=True)
+                if run_dir.exists():  # kept until the new run has finished an epoch
+                    run_dir.rename(self._previous(run_dir))
                 self.queue.append(session)
             elif action == "stop" and session in self.queue:
                 self._remove(session)
@@ -92,7 +93,12 @@ class TrainingQueue:
             self._stop_process()
         self.queue.remove(session)
         self.last_seen.pop(session, None)
-        finished = [run for run in self.folder.iterdir() if run.name not in self.queue]
+        run_dir, previous = self.run_dir(session), self._previous(self.run_dir(session))
+        if previous.exists() and self._count_records(run_dir) < 2:
+            shutil.rmtree(run_dir, ignore_errors=True)
+            previous.rename(run_dir)
+        shutil.rmtree(previous, ignore_errors=True)
+        finished = [run for run in self.folder.iterdir() if run.stem not in self.queue]
         for run in sorted(finished, key=lambda run: run.stat().st_mtime)[:-MAX_KEPT_RUNS]:
             shutil.rmtree(run, ignore_errors=True)
 
@@ -100,18 +106,26 @@ class TrainingQueue:
         if session in self.queue[1:]:
             return {"state": "waiting", "position": self.queue.index(session)}
         run_dir = self.run_dir(session)
-        metrics = run_dir / "metrics.jsonl"
-        records = len(read_metrics(run_dir)) if metrics.exists() else 0  # the first record is epoch 0, before training
+        records = self._count_records(run_dir)
         progress = {"epoch": records - 1, "epochs": EPOCHS}
         if session in self.queue:
-            return {"state": "training", "seconds_left": self._seconds_left(metrics, records)} | progress
+            return {"state": "training", "seconds_left": self._seconds_left(run_dir, records)} | progress
         if records == 0:
             return {"state": "failed" if run_dir.exists() else "idle"}
         return {"state": "done"} | progress
 
-    def _seconds_left(self, metrics: Path, records: int) -> int | None:
+    @staticmethod
+    def _previous(run_dir: Path) -> Path:
+        return run_dir.with_suffix(".previous")
+
+    @staticmethod
+    def _count_records(run_dir: Path) -> int:
+        """Finished epochs, and epoch 0 before training."""
+        return len(read_metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+
+    def _seconds_left(self, run_dir: Path, records: int) -> int | None:
         if records < 2:
             return None  # startup takes longer than an epoch
-        last_epoch = metrics.stat().st_mtime
+        last_epoch = (run_dir / "metrics.jsonl").stat().st_mtime
         left = (last_epoch - self.started) / records * (EPOCHS + 1 - records) - (time.time() - last_epoch)
         return max(round(left), 0)

@@ -1,30 +1,30 @@
-// Event handlers of the controls, the image, the heads and the charts.
+// Event handlers of the controls, the image, the heads, and the charts.
 
-function buildForModel() {
-  find(".layer").innerHTML = model.layers.map((layer, index) => `<option value="${index}">${layer + 1}</option>`).join("");
-  find(".layer").value = state.layer;
-  find(".snapshot").max = model.epochs.length - 1;
-  for (const selector of [".time", ".save-gif"]) find(selector).classList.toggle("unavailable", model.finished && model.epochs.length === 1);
-  find(".examples").innerHTML = model.examples.map(({ name, thumbnail }) =>
-    `<button type="button" data-example="${escapeHtml(name)}"><img src="${thumbnail}" alt="${escapeHtml(name)}" width="48" height="48"></button>`).join("");
-  const more = model.classes.length > 12 ? ` and ${model.classes.length - 12} more` : "";
-  find(".classes").textContent = `Classes: ${model.classes.slice(0, 12).join(", ")}${more}.`;
-  find(".model-summary").textContent = `Model: ${model.name}, ${model.layers.length} layers with gates, ${numHeads} heads per layer, ${model.grid[0]} × ${model.grid[1]} patches, ${model.classes.length} classes.`;
-  if (cards.length !== numHeads || find(".heads canvas").width !== model.grid[1]) buildCards();
+import { epochAt } from "./charts.js";
+import { nearestSnapshot } from "./curves.js";
+import { drawSelection } from "./heads.js";
+import { copyHead, dragKernel, setKernel } from "./kernel.js";
+import { changedGates, find, findAll, gatedLayers, KINDS, numHeads, state } from "./state.js";
+import { startTraining, train } from "./train.js";
+import { drawQuery, moveQuery, navigate, pinGates, play, setGates, setLocked, showImage, showModel,
+  showTab,
+  showUpload, step, stop } from "./view.js";
+
+const on = (selector, type, handler) => find(selector).addEventListener(type, handler);
+
+export function bindAll() {
+  for (const bind of [bindTabs, bindControls, bindGates, bindImage, bindUploads, bindHeads,
+    bindHeatmap, bindCharts,
+    bindExports, bindKernel]) bind();
 }
 
 function patchAt(event) {
-  const [rows, columns] = model.grid;
+  const [rows, columns] = state.model.grid;
   const box = find(".image").getBoundingClientRect();
-  const indexAt = (fraction, count) => Math.max(0, Math.min(count - 1, Math.floor(fraction * count)));
-  return indexAt((event.clientY - box.top) / box.height, rows) * columns + indexAt((event.clientX - box.left) / box.width, columns);
-}
-
-function setLocked(locked) {
-  state.locked = locked;
-  find(".image-hint").textContent = locked ? "Locked; click this patch again to unlock it." : "Hover or tap to move the query patch; click to lock it.";
-  find(".image").classList.toggle("locked", locked);
-  writeUrl();
+  const indexAt = (fraction, count) =>
+    Math.max(0, Math.min(count - 1, Math.floor(fraction * count)));
+  const column = indexAt((event.clientX - box.left) / box.width, columns);
+  return indexAt((event.clientY - box.top) / box.height, rows) * columns + column;
 }
 
 function bindImage() {
@@ -38,14 +38,16 @@ function bindImage() {
     moveQuery(query);
   });
   canvas.addEventListener("keydown", (event) => {
-    const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    const move = arrows[event.key];
     const isToggle = event.key === "Enter" || event.key === " ";
     if (isToggle) setLocked(!state.locked);
     if (isToggle || move) event.preventDefault();
     if (!move) return;
-    const [x, y] = [(state.query % model.grid[1]) + move[0], Math.floor(state.query / model.grid[1]) + move[1]];
-    if (x < 0 || x >= model.grid[1] || y < 0 || y >= model.grid[0]) return;
-    moveQuery(y * model.grid[1] + x);
+    const [rows, columns] = state.model.grid;
+    const [x, y] = [(state.query % columns) + move[0], Math.floor(state.query / columns) + move[1]];
+    if (x < 0 || x >= columns || y < 0 || y >= rows) return;
+    moveQuery(y * columns + x);
     find(".screen-reader").textContent = `row ${y + 1}, column ${x + 1}`;
   });
 }
@@ -53,84 +55,96 @@ function bindImage() {
 function bindUploads() {
   const show = (files) => { if (files[0]) showImage(null, files[0]); };
   const highlight = (dragging) => find(".viewer").classList.toggle("dragging", dragging);
-  find(".file").addEventListener("change", (event) => {
+  on(".file", "change", (event) => {
     show(event.target.files);
     event.target.value = ""; // so that the same file can be chosen again
   });
-  find(".examples").addEventListener("click", (event) => {
+  on(".examples", "click", (event) => {
     const button = event.target.closest("button");
-    if (button) showImage(button.dataset.example);
+    if (button?.dataset.example) showImage(button.dataset.example);
+    else if (button) showUpload();
   });
-  const page = element.ownerDocument;
-  page.addEventListener("dragover", (event) => { event.preventDefault(); highlight(true); });
+  const page = state.element.ownerDocument;
+  page.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    highlight(true);
+  });
   page.addEventListener("dragleave", (event) => { if (!event.relatedTarget) highlight(false); });
-  page.addEventListener("drop", (event) => { event.preventDefault(); highlight(false); show(event.dataTransfer.files); });
+  page.addEventListener("drop", (event) => {
+    event.preventDefault();
+    highlight(false);
+    show(event.dataTransfer.files);
+  });
   page.addEventListener("paste", (event) => show(event.clipboardData.files));
 }
 
 function bindHeads() {
-  const headAt = (event) => { const card = event.target.closest("[data-head]"); return card && Number(card.dataset.head); };
-  const heads = find(".heads");
-  heads.addEventListener("pointerover", (event) => drawSelection(headAt(event)));
-  heads.addEventListener("pointerleave", () => drawSelection());
-  heads.addEventListener("click", (event) => {
+  const headAt = (event) => {
+    const card = event.target.closest("[data-head]");
+    return card && Number(card.dataset.head);
+  };
+  on(".heads", "pointerover", (event) => drawSelection(headAt(event)));
+  on(".heads", "pointerleave", () => drawSelection());
+  on(".heads", "click", (event) => {
     const head = headAt(event);
-    if (event.target.closest(".gate") || head === null) return;
-    state.head = state.head === head ? null : head;
-    draw();
+    if (!event.target.closest(".gate") && head !== null) navigate({ head });
   });
-  heads.addEventListener("input", (event) => {
-    setGate(state.layer, headAt(event), Number(event.target.value));
-    draw();
-  });
-  find(".kinds").innerHTML = KINDS.map((kind) => `<button type="button" data-kind="${kind}" aria-pressed="${kind === "mixed"}">${kind}</button>`).join("");
-  find(".kinds").addEventListener("click", (event) => {
+  const setGate = (event, wait) => {
+    const gates = new Map(state.gates).set(`${state.layer},${headAt(event)}`,
+      Number(event.target.value));
+    setGates(gates, wait);
+  };
+  on(".heads", "input", (event) => setGate(event, true)); // mixed maps follow the slider
+  on(".heads", "change", (event) => setGate(event, false)); // the model runs when it is released
+  find(".kinds").innerHTML = KINDS.map((kind) =>
+    `<button type="button" class="${kind}" data-kind="${kind}">${kind}</button>`).join("");
+  on(".kinds", "click", (event) => {
     const { kind } = event.target.dataset;
-    if (!kind) return;
-    heads.dataset.kind = kind;
-    for (const button of findAll(".kinds button")) button.setAttribute("aria-pressed", button.dataset.kind === kind);
+    if (kind) navigate({ kind });
   });
 }
 
 function bindHeatmap() {
-  const heatmap = find(".gate-heatmap");
-  heatmap.addEventListener("click", (event) => {
+  on(".gate-heatmap", "click", (event) => {
     const cell = event.target.closest(".cell");
     if (cell) navigate({ layer: Number(cell.dataset.layer), head: Number(cell.dataset.cell) });
   });
-  heatmap.addEventListener("keydown", (event) => {
-    const move = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -numHeads, ArrowDown: numHeads }[event.key];
-    if (!move) return;
-    const cells = [...findAll(".gate-heatmap .cell")];
+  on(".gate-heatmap", "keydown", (event) => {
+    const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -numHeads(), ArrowDown: numHeads() };
+    if (!moves[event.key]) return;
+    const cells = findAll(".gate-heatmap .cell");
     event.preventDefault();
-    cells[cells.indexOf(event.target) + move]?.focus();
+    cells[cells.indexOf(event.target) + moves[event.key]]?.focus();
   });
-  heatmap.addEventListener("pointerover", (event) => {
+  on(".gate-heatmap", "pointerover", (event) => {
     const cell = event.target.closest(".cell");
-    drawSelection(cell && Number(cell.dataset.layer) === state.layer ? Number(cell.dataset.cell) : null);
+    drawSelection(cell && Number(cell.dataset.layer) === state.layer ? Number(cell.dataset.cell)
+      : null);
   });
-  heatmap.addEventListener("pointerleave", () => drawSelection());
+  on(".gate-heatmap", "pointerleave", () => drawSelection());
 }
 
 function bindCharts() {
-  element.addEventListener("click", (event) => {
+  state.element.addEventListener("click", (event) => {
     const epoch = epochAt(event);
-    if (epoch !== null) { stop(); showSnapshot(nearestSnapshot(epoch)); }
+    if (epoch === null) return;
+    stop();
+    navigate({ snapshot: nearestSnapshot(epoch) });
   });
-  element.addEventListener("pointerover", (event) => {
+  state.element.addEventListener("pointerover", (event) => {
     if (event.target.dataset?.curve) drawSelection(Number(event.target.dataset.curve));
     else if (event.target.closest("svg[data-last-epoch]")) drawSelection();
   });
 }
 
 function bindTabs() {
-  const tabs = [...findAll("[role=tab]")];
+  const tabs = findAll("[role=tab]");
   for (const [index, tab] of tabs.entries()) {
     tab.addEventListener("click", () => showTab(tab.dataset.tab));
     tab.addEventListener("keydown", (event) => {
       const target = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: -1 }[event.key];
       if (target === undefined) return;
-      const other = tabs[(target + tabs.length) % tabs.length];
+      const other = tabs.at(target % tabs.length);
       event.preventDefault();
       other.focus();
       showTab(other.dataset.tab);
@@ -139,29 +153,90 @@ function bindTabs() {
 }
 
 function bindControls() {
-  const on = (selector, type, handler) => find(selector).addEventListener(type, handler);
+  on(".models", "click", (event) => {
+    const { model } = event.target.dataset;
+    if (model !== undefined && model !== state.key) showModel(model);
+  });
   on(".layer", "change", (event) => navigate({ layer: Number(event.target.value) }));
-  on(".models", "change", (event) => showRun(event.target.value));
-  on(".snapshot", "input", (event) => { stop(); showSnapshot(Number(event.target.value)); });
+  on(".snapshot", "input", (event) => {
+    stop();
+    navigate({ snapshot: Number(event.target.value) });
+  });
   on(".play", "click", play);
-  on(".step", "click", () => { stop(); step(); });
-  on(".reset", "click", () => { stop(); showSnapshot(0); });
-  for (const selector of [".same-scale", ".show-input", ".overlay", ".opacity"]) on(selector, "input", drawQuery);
-  on(".mass", "input", (event) => { find(".mass-percent").textContent = `${Math.round(100 * event.target.value)}%`; drawQuery(); });
-  on(".all-gates", "input", (event) => setAllGates(Number(event.target.value)));
-  on(".recompute", "click", recompute);
-  on(".reset-gates", "click", resetGates);
+  on(".step", "click", () => {
+    stop();
+    step();
+  });
+  on(".reset", "click", () => {
+    stop();
+    navigate({ snapshot: 0 });
+  });
+  for (const selector of [".same-scale", ".show-input", ".opacity"]) on(selector, "input",
+    drawQuery);
+  on(".mass", "input", (event) => {
+    find(".mass-percent").textContent = `${Math.round(100 * event.target.value)}%`;
+    drawQuery();
+  });
+  on(".train", "click", startTraining);
+  on(".train-stop", "click", () => train("stop"));
+}
+
+function bindGates() {
+  on(".pins", "click", (event) => {
+    const { pin, scope } = event.target.dataset;
+    if (pin === undefined) return;
+    pinGates(scope === "layer" ? [state.layer] : gatedLayers(), pin === "" ? null : Number(pin));
+  });
+}
+
+function bindExports() {
   on(".save-png", "click", () => saveFigure(false));
   on(".save-gif", "click", () => saveFigure(true));
   on(".save-csv", "click", saveGates);
-  on(".train", "click", startTraining);
-  on(".train-stop", "click", () => train("stop"));
-  for (const name of ["right", "down", "strength"]) on(`.${name}`, "input", (event) => setKernel({ [name]: Number(event.target.value) }));
-  on(".kernel-map", "pointerdown", (event) => { event.target.setPointerCapture(event.pointerId); dragKernel(event); });
+}
+
+function download(name, url) {
+  const link = document.createElement("a");
+  [link.download, link.href] = [name, url];
+  link.click();
+}
+
+async function saveFigure(animated) {
+  const { key, image, layer, head, snapshot, query } = state;
+  if (!image) return;
+  const button = find(animated ? ".save-gif" : ".save-png");
+  button.disabled = true;
+  const view = { animated, layer, head, snapshot, query, gates: state.gates.size ? changedGates()
+    : null };
+  const answer = await state.source.exportFigure(key, image, view);
+  button.disabled = false;
+  if (answer) download(`convit-layer-${layer + 1}.${animated ? "gif" : "png"}`, answer.file);
+}
+
+// Trained gates of all snapshots, and those changed by hand, which hold for every snapshot.
+function saveGates() {
+  const rows = state.model.gate.flatMap((layers, snapshot) => layers.flatMap((gates, layer) =>
+    (gates ?? []).map((gate, head) =>
+      [state.model.epochs[snapshot] ?? "", layer + 1, head + 1, gate,
+      state.gates.get(`${layer},${head}`) ?? ""].join(","))));
+  const text = ["epoch,layer,head,gate,changed_gate", ...rows].join("\n") + "\n";
+  download("convit-gates.csv", URL.createObjectURL(new Blob([text], { type: "text/csv" })));
+}
+
+function bindKernel() {
+  for (const name of ["right", "down", "strength"]) {
+    on(`.${name}`, "input", (event) => setKernel({ [name]: Number(event.target.value) }));
+  }
+  on(".kernel-map", "pointerdown", (event) => {
+    event.target.setPointerCapture(event.pointerId);
+    dragKernel(event);
+  });
   on(".kernel-map", "pointermove", (event) => { if (event.buttons) dragKernel(event); });
   on(".copy-head", "click", copyHead);
-  find(".taps").innerHTML = [-1, 0, 1].flatMap((down) => [-1, 0, 1].map((right) =>
-    `<button type="button" data-right="${right}" data-down="${down}" aria-label="tap ${right} right, ${down} down">${"↖↑↗←•→↙↓↘"[3 * (down + 1) + right + 1]}</button>`)).join("");
+  const steps = [-1, 0, 1];
+  find(".taps").innerHTML = steps.flatMap((down) => steps.map((right) => `<button type="button"
+    data-right="${right}" data-down="${down}" aria-label="tap ${right} right, ${down} down">${
+    "↖↑↗←•→↙↓↘"[3 * (down + 1) + right + 1]}</button>`)).join("");
   on(".taps", "click", (event) => {
     const { right, down } = event.target.dataset;
     if (right !== undefined) setKernel({ right: Number(right), down: Number(down), strength: 4 });

@@ -1,44 +1,51 @@
-// Attention maps. Position maps are computed here, from three numbers per head; content maps arrive from the server as bytes.
+// Attention maps. Position maps are computed here, from three numbers per head; content maps arrive
+// as bytes.
 
-function decodeBase64(base64) {
+export function decodeBase64(base64) {
   const text = atob(base64);
   const bytes = new Uint8Array(text.length);
   for (let index = 0; index < text.length; index++) bytes[index] = text.charCodeAt(index);
   return bytes;
 }
 
-// Softmax over one axis of slope * offset + curvature * offset^2, where offset is key minus query, in patches.
-function axisAttention(slope, curvature, query, length) {
-  const scores = Float64Array.from({ length }, (_, key) => slope * (key - query) + curvature * (key - query) ** 2);
+// Softmax over one axis of slope * offset + curvature * offset^2, where offset is key minus query,
+// in patches.
+export function axisAttention(slope, curvature, query, length) {
+  const scores = Float64Array.from({ length },
+    (_, key) => slope * (key - query) + curvature * (key - query) ** 2);
   const highest = Math.max(...scores);
   const weights = scores.map((score) => Math.exp(score - highest));
   const total = weights.reduce((sum, weight) => sum + weight, 0);
   return weights.map((weight) => weight / total);
 }
 
-// Position map of a head for one query patch, row-major: the product of its vertical and horizontal factors.
-function positionMap([slopeX, slopeY, curvature], query, [rows, columns]) {
+// Position map of a head for one query patch, row-major: the product of its vertical and
+// horizontal factors.
+export function positionMap([slopeX, slopeY, curvature], query, [rows, columns]) {
   const down = axisAttention(slopeY, curvature, Math.floor(query / columns), rows);
   const across = axisAttention(slopeX, curvature, query % columns, columns);
-  return Float64Array.from({ length: rows * columns }, (_, key) => down[Math.floor(key / columns)] * across[key % columns]);
+  return Float64Array.from({ length: rows * columns },
+    (_, key) => down[Math.floor(key / columns)] * across[key % columns]);
 }
 
-// Content map of a head for one query patch, from the bytes 255 C / peak of all heads, queries and keys.
-function contentMap(bytes, peak, head, query, numPatches) {
+// Content map of a head for one query patch, from the bytes 255 C / peak of all heads, queries and
+// keys.
+export function contentMap(bytes, peak, head, query, numPatches) {
   const start = (head * numPatches + query) * numPatches;
-  return Float64Array.from(bytes.subarray(start, start + numPatches), (value) => (value / 255) * peak);
+  return Float64Array.from(bytes.subarray(start, start + numPatches),
+    (value) => (value / 255) * peak);
 }
 
-const mixMaps = (position, content, gate) => content.map((value, key) => (1 - gate) * value + gate * position[key]);
-
-function patchDistance(a, b, columns) {
-  return Math.hypot((a % columns) - (b % columns), Math.floor(a / columns) - Math.floor(b / columns));
-}
+export const mixMaps = (position, content, gate) =>
+  content.map((value, key) => (1 - gate) * value + gate * position[key]);
 
 // The smallest of the largest values that together hold this fraction of a map.
-function massThreshold(map, fraction) {
+export function massThreshold(map, fraction) {
   if (fraction >= 1) return 0;
   const target = fraction * map.reduce((sum, value) => sum + value, 0) - 1e-9;
   let sum = 0;
   return Float64Array.from(map).sort().reverse().find((value) => (sum += value) >= target) ?? 0;
 }
+
+// Flat maps must not look bright: the scale is at least four times uniform attention.
+export const scaleOf = (maximum, numPatches) => Math.max(maximum, 4 / numPatches);
