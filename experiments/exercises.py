@@ -95,9 +95,10 @@ def train_exercises(numbers: list[int], seeds: int, data_dir: str, out: Path):
     while sweep.train_next([run for run in runs if exercise_of[run.name].number in (numbers or exercises)], prepare):
         pass
     records, cells = sweep.records(), {}
-    for run in runs:
-        if run.name in records:
-            cells.setdefault((exercise_of[run.name].title, "test accuracy"), []).append(records[run.name])
+    for exercise in exercises.values():
+        finished = [records[name] for name in sorted(records) if name.split("_")[0] == str(exercise.number)]
+        if finished:
+            cells[exercise.title, "test accuracy"] = finished
     report.write_table("exercise", cells, out / "exercises")
 
 
