@@ -108,7 +108,7 @@ def test_commands_have_known_flags(command, monkeypatch):
     program, *args = command.removeprefix("-m ").split()
     for module in (train_cifar, train_imagenet):
         if program == f"{module.__name__}.py":
-            args = re.sub(r"--resume|--config \S+", "", " ".join(args)).split()  # they would read a run folder
+            args = re.sub(r"--resume|--eval|--config \S+", "", " ".join(args)).split()  # they would read a run folder
             monkeypatch.setattr(sys, "argv", [program, *args])
             assert parse_flags(module.Config, "").total_epochs > 0
             return
