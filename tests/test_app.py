@@ -467,8 +467,8 @@ def test_tour_opens_once_and_by_its_link(browser, server):
     page.reload()
     page.wait_for_selector(".viewer:not(.loading)")
     assert page.locator(".tour").is_hidden()
+    page.goto("about:blank")
     page.goto(f"{server}/#tab=help")
-    page.reload()
     page.wait_for_selector(".tour:visible")
     page.locator(".tour-next").focus()
     page.keyboard.press("Escape")
@@ -518,6 +518,7 @@ def test_training_on_the_page_queues_sessions_and_shows_snapshots(page, browser,
     page.locator(".train-stop").click()
     page.wait_for_selector("text=Stopped. Use the slider above to go through its training.")
     page.wait_for_function("location.hash.includes('model=trained-here')")
+    assert page.locator(".growing").inner_text() == ""
     page.reload()
     page.wait_for_function("window.convit?.state.model.name === 'your tiny model' && convit.state.maps")
     page.locator("[data-model=cifar10]").click()

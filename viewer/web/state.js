@@ -18,6 +18,7 @@ export const state = {
   bitmaps: {}, // its display and input, decoded
   maps: null, // content maps and predictions of this image and layer, for all snapshots
   recomputed: null, // those of this snapshot, computed with the changed gates
+  stopped: false, // the training of the session's own model has ended
   upload: null, // the image that the user has uploaded last, for its thumbnail
 };
 
@@ -31,7 +32,9 @@ export const hasGates = (layer = state.layer) => state.model.gate[0][layer] !== 
 export const gatedLayers = () => state.model.gate[0]
   .flatMap((gates, layer) => (gates ? [layer] : []));
 export const lastSnapshot = () => state.model.epochs.length - 1;
-export const isGrowing = () => (state.model.epochs.at(-1) ?? 0) < state.model.last_epoch;
+export const isOwn = () => Boolean(state.models.find(({ key }) => key === state.key)?.session);
+export const isGrowing = () => (state.model.epochs.at(-1) ?? 0) < state.model.last_epoch
+  && !(isOwn() && state.stopped);
 export const shownKind = () => (hasGates() ? state.kind : "content");
 export const currentExample = () =>
   state.model.examples.find(({ name }) => name === state.example)

@@ -163,8 +163,9 @@ function caption() {
     return `epoch ${when}: ${listHeads(heads)} ${verb} ${whose} neighbors`;
   }).join("; ");
   const headline = events ? events[0].toUpperCase() + events.slice(1)
-    : `Epoch ${epoch}: ${left.length ? listHeads(left) : "no head"} of ${layer} `
-      + `look${left.length > 1 ? "" : "s"} for content rather than position`;
+    : left.length === 0 ? `Epoch ${epoch}: all heads of ${layer} still look at neighbors`
+      : `Epoch ${epoch}: ${listHeads(left)} of ${layer} look${left.length > 1 ? "" : "s"} for `
+        + "content rather than position";
   return [`${headline}.`, `${reach()}${rise}`];
 }
 

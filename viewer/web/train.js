@@ -36,6 +36,7 @@ export async function train(action) {
   const { state: phase, epoch } = status;
   const busy = phase === "waiting" || phase === "training";
   showStatus(status, busy);
+  state.stopped = phase === "done";
   if (epoch >= 0 && !isListed()) listModel(true);
   if (busy && epoch >= 0 && (state.key !== SESSION ? shownEpoch < 0 : epoch > shownEpoch)) {
     const previous = shownEpoch;
@@ -43,8 +44,10 @@ export async function train(action) {
     const shown = state.key === SESSION ? await loadNewSnapshots() : await showModel(SESSION);
     if (!shown) shownEpoch = previous; // retried in a second
   }
-  if (phase === "done" && state.key === SESSION && epoch > shownEpoch
-    && (await loadNewSnapshots())) shownEpoch = epoch;
+  if (phase === "done" && state.key === SESSION) {
+    if (epoch > shownEpoch && (await loadNewSnapshots())) shownEpoch = epoch;
+    draw();
+  }
   clearTimeout(pollTimer);
   if (busy) pollTimer = setTimeout(() => train("status"), 1000);
 }

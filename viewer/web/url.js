@@ -1,6 +1,6 @@
 // The hash of the URL contains the view, so that it can be shared and reloaded.
 
-import { allHeads, depth, gatedLayers, KINDS, numHeads, state } from "./state.js";
+import { allHeads, depth, gatedLayers, isOwn, KINDS, numHeads, state } from "./state.js";
 
 // stands for the key of the session's own model, which is private
 export const TRAINED = "trained-here";
@@ -59,8 +59,7 @@ export function writeUrl() {
   timer = setTimeout(() => {
     if (!state.model) return;
     const { columns = state.model.grid[1], query } = state;
-    const session = state.models.find(({ key }) => key === state.key)?.session;
-    const url = new URLSearchParams({ model: session ? TRAINED : state.key, tab: state.tab });
+    const url = new URLSearchParams({ model: isOwn() ? TRAINED : state.key, tab: state.tab });
     url.set("layer", state.layer + 1);
     url.set("head", state.head + 1);
     if (state.model.epochs[state.snapshot] !== null) url.set("epoch",

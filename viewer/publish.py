@@ -1,0 +1,78 @@
+"""Write the page as a folder for static hosts such as GitHub Pages: no server, and no model.
+
+    python -m viewer.publish site
+    python -m http.server --directory site          to try it
+
+The folder contains the example images of the models in demo/, with the maps of all layers and snapshots, and for the
+last snapshot those with all gates pinned to position or to content. Uploads, other gates, and training need app.py.
+"""
+
+import argparse
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+from viewer.examples import describe_model, load_examples, open_demos
+from viewer.inspector import AttentionInspector
+
+WEB = Path(__file__).parent / "web"
+INDEX = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>ConViT: watch heads escape locality</title>
+<style>
+body {{ margin: 0; padding: 24px; }}
+@media (max-width: 700px) {{ body {{ padding: 8px; }} }}
+{css}
+</style>
+{page}
+<script type="module">
+  import {{ start }} from "./web/main.js";
+  import {{ staticSource }} from "./web/static.js";
+  import {{ showError }} from "./web/view.js";
+
+  start(document.body, null, staticSource(new URL("data/", document.baseURI), "{first}", showError));
+</script>
+"""
+
+
+def publish(models: dict[str, AttentionInspector], folder: Path):
+    """Write the page for some models, by key; the first one opens."""
+    shutil.copytree(WEB, folder / "web", ignore=shutil.ignore_patterns("*.html", "*.css"), dirs_exist_ok=True)
+    page, css = ((WEB / name).read_text() for name in ("page.html", "page.css"))
+    (folder / "index.html").write_text(INDEX.format(page=page, css=css, first=next(iter(models))))
+    for key, inspector in models.items():
+        answers = {"model": describe_model(key, inspector, models) | {"other_curves": []}}
+        for name, example in load_examples(inspector).items():
+            answers |= image_answers(inspector, name, example.data)
+        for name, answer in answers.items():
+            file = folder / "data" / key / f"{name}.bin"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(gzip.compress(json.dumps(answer).encode(), mtime=0))
+
+
+def image_answers(inspector: AttentionInspector, name: str, data: bytes) -> dict[str, dict]:
+    """What the server answers to requests for an image, by the names that web/static.js loads."""
+    image, last = inspector.prepare_image(data), len(inspector.epochs) - 1
+    answers = {name: image | {"name": name, "last": last}}
+    gated = inspector.describe()["gate"][last]
+    for layer in range(inspector.config.depth):
+        answers[f"{name}-{layer}"] = inspector.layer_maps(image["pixels"], layer)
+        for pin in (0, 1):
+            gates = [heads and [pin] * len(heads) for heads in gated]
+            answers[f"{name}-{layer}-{pin}"] = inspector.recompute(image["pixels"], layer, last, gates)
+    return answers
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m viewer.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
+    publish(open_demos(), parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    main()
