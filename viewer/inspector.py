@@ -26,7 +26,7 @@ MAX_BYTES, MAX_PIXELS = 10 * 2**20, 20_000_000  # of an uploaded file
 NOT_AN_IMAGE = "This file cannot be read as an image; please choose a PNG, JPEG, WebP or GIF."
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]  # some other decoders start programs, e.g. EPS
 DISPLAY_SIZE = 384  # maximum side of a displayed image, in pixels
-CACHE_BYTES = 2**28  # content maps kept in memory: about 90 images for the demo
+CACHE_BYTES = 2**26  # content maps kept in memory: about 30 images of a demo
 TOP_CLASSES = 3
 
 

@@ -62,6 +62,7 @@ function showStatus({ state: phase, position, epoch, epochs, seconds_left: secon
   find(".train-status").textContent = {
     idle: "Train a tiny model on “Find the match” from scratch, on this server: two to three "
       + "minutes on two cores.",
+    static: "On a server of your own (“python app.py”), a model trains while you watch.",
     full: "The queue is full; please try again later.",
     waiting: "Another model is training; "
       + (position === 1 ? "yours is next." : `${position} are ahead of you in the queue.`),
