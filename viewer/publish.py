@@ -50,7 +50,12 @@ def publish(models: dict[str, AttentionInspector], folder: Path):
         for name, answer in answers.items():
             file = folder / "data" / key / f"{name}.bin"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(gzip.compress(json.dumps(answer).encode(), mtime=0))
+            file.write_bytes(encode(answer))
+
+
+def encode(answer: dict) -> bytes:
+    """An answer as a file."""
+    return gzip.compress(json.dumps(answer).encode(), mtime=0)
 
 
 def image_answers(inspector: AttentionInspector, name: str, data: bytes) -> dict[str, dict]:
