@@ -27,10 +27,12 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
+from images import MIN_SIZE
+from predict import predict
 from viewer.examples import describe_model, load_examples, open_demos
 from viewer.export import render_gif, render_png
 from viewer.inspector import AttentionInspector, data_url, open_run, open_weights
-from viewer.limits import RequestLimitMiddleware
+from viewer.limits import RequestLimitMiddleware, load_upload
 from viewer.sessions import TrainingQueue
 
 WEB = Path(__file__).parent / "viewer" / "web"
@@ -90,25 +92,26 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
             inspector_by_session.pop(request["model"], None)  # the session's earlier run
         return training_queue.handle(request["model"], request["action"])
 
-    # the function that Python clients call
-    def heads(image: str, layer: int, snapshot: int = -1, row: int = 0, column: int = 0) -> list[dict]:
-        """Gate and attention maps of every head of a layer, for one query patch of an image (a file in base64).
+    # the functions that Python clients call; images are files in base64, `model` is a key as in the page's URL
+    def heads(image: str, layer: int, snapshot: int = -1, row: int = 0, column: int = 0, model: str = "") -> list[dict]:
+        """Gate and attention maps of every head of a layer, for one query patch of an image.
 
-        The model is the one that the page opens with. Layers count from 1, as on the page; snapshots, rows, and columns
-        from 0. Snapshot -1 is the last one.
+        Layers count from 1, as on the page; snapshots, rows, and columns from 0. Snapshot -1 is the last one.
         """
-        inspector = next(iter(models.values()))
+        inspector = select({"model": model})
         (rows, columns), count = inspector.config.grid, len(inspector.epochs)
         ranges = {"layer": (layer, 1, inspector.config.depth), "snapshot": (snapshot, -count, count - 1),
                   "row": (row, 0, rows - 1), "column": (column, 0, columns - 1)}  # fmt: skip
         for name, (value, lowest, highest) in ranges.items():
             if not (isinstance(value, int) and lowest <= value <= highest):
-                raise gr.Error(f"expected a {name} from {lowest} to {highest}", print_exception=False)
-        try:
-            pixels = inspector.prepare_image(base64.b64decode(image, validate=True))["pixels"]
-            return inspector.head_maps(pixels, layer - 1, snapshot, row * columns + column)
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+                raise ValueError(f"expected a {name} from {lowest} to {highest}")
+        pixels = inspector.prepare_image(base64.b64decode(image, validate=True))["pixels"]
+        return inspector.head_maps(pixels, layer - 1, snapshot, row * columns + column)
+
+    def classes(image: str, top: int = 3, model: str = "") -> list[tuple[str, float]]:
+        """The most likely classes of an image and their probabilities, the best first."""
+        upload = load_upload(base64.b64decode(image, validate=True), MIN_SIZE)
+        return predict(select({"model": model}).models[-1], upload, top)
 
     with gr.Blocks(title="ConViT: watch heads escape locality", fill_width=True) as page:
         gr.HTML(
@@ -119,7 +122,8 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
             apply_default_css=False,
             elem_id="viewer",
         )
-        gr.api(heads, api_name="heads", concurrency_limit=2)
+        for name, function in {"heads": heads, "predict": classes}.items():
+            gr.api(api_errors(function), api_name=name, concurrency_limit=2)
     return page
 
 
@@ -141,6 +145,19 @@ def json_errors(function):
             return {"error": str(error)}
         except (KeyError, TypeError, IndexError, AttributeError, FileNotFoundError):
             return {"error": "Invalid request. Please reload the page."}
+
+    return wrapper
+
+
+def api_errors(function):
+    """Show a function's errors to Python clients."""
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        try:
+            return function(*args)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
 
     return wrapper
 

@@ -391,8 +391,8 @@ def test_upload_by_button_drop_and_paste(page, tmp_path):
 def test_unusable_uploads_show_an_error_and_change_nothing(page, tmp_path):
     before = image(page)
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    (tmp_path / "large.png").write_bytes(bytes(11 * 2**20))
-    for name, message in (("broken", "cannot be read as an image"), ("large", "larger than 10 MB")):
+    (tmp_path / "large.png").write_bytes(bytes(21 * 2**20))
+    for name, message in (("broken", "is not an image"), ("large", "larger than 20 MB")):
         page.locator(".file").set_input_files(tmp_path / f"{name}.png")
         page.wait_for_selector(f"text={message}")
         assert image(page) == before

@@ -5,7 +5,6 @@ python -m viewer.export heads.gif --run runs/cifar --image cat.jpg --layer 4 --h
 
 import argparse
 import base64
-import io
 import sys
 from pathlib import Path
 from threading import Lock
@@ -18,8 +17,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from convit_min import kernel_shape
-from images import load_image
-from viewer.inspector import AttentionInspector, check_upload, encode_image, open_run
+from viewer.inspector import DISPLAY_SIZE, AttentionInspector, encode_image, open_run
+from viewer.limits import load_upload
 
 POSITION, CONTENT = "#d9730d", "#2f6fd0"  # as in page.css
 GATE_COLORS = LinearSegmentedColormap.from_list("gates", [CONTENT, POSITION])
@@ -60,8 +59,7 @@ def draw_view(
 ) -> Image.Image:
     """One frame: the image with the head's attention as lines, the layer's heads in kernel layout, and the gates."""
     display = base64.b64decode(image["display"].partition(",")[2])
-    check_upload(display)  # the browser sends it back
-    pixels = np.asarray(load_image(io.BytesIO(display))) / 255
+    pixels = np.asarray(load_upload(display, DISPLAY_SIZE)) / 255  # the browser sends it back
     heads = inspector.head_maps(image["pixels"], layer, snapshot, query, gates)
     if head not in range(len(heads)):
         raise ValueError(f"expected a head from 0 to {len(heads) - 1}")

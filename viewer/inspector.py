@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import math
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -19,12 +18,10 @@ from torch.func import functional_call
 
 import analysis
 from convit_min import ConViT, kernel_shape
-from images import center_crop, load_image, normalize
+from images import center_crop, normalize
+from viewer.limits import load_upload
 from weights import open_model, snapshot_files
 
-MAX_BYTES, MAX_PIXELS = 10 * 2**20, 20_000_000  # of an uploaded file
-NOT_AN_IMAGE = "This file cannot be read as an image; please choose a PNG, JPEG, WebP or GIF."
-FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]  # some other decoders start programs, e.g. EPS
 DISPLAY_SIZE = 384  # maximum side of a displayed image, in pixels
 CACHE_BYTES = 2**26  # content maps kept in memory: about 30 images of a demo
 TOP_CLASSES = 3
@@ -126,12 +123,7 @@ class AttentionInspector:
         Returns data URLs for `display` and for the `input` of the model, and the `pixels` that other methods take.
         Raises ValueError, with a message for the user, if the file is not an image or is too large.
         """
-        data = file.read_bytes() if isinstance(file, Path) else file
-        check_upload(data)
-        try:
-            image = load_image(io.BytesIO(data), min_size=2 * DISPLAY_SIZE)
-        except ValueError:
-            raise ValueError(NOT_AN_IMAGE) from None
+        image = load_upload(file.read_bytes() if isinstance(file, Path) else file, 2 * DISPLAY_SIZE)
         crop_pct = self.models[-1].crop_pct
         cropped = center_crop(image, *self.config.image_shape, crop_pct)
         rows, columns = self.config.grid
@@ -279,23 +271,6 @@ def read_curves(run_dir: Path, name: str) -> dict | None:
     heads = {key: [record["heads"][key] for record in records] for key in ("gate", "non_locality")}
     scores = {key: [record.get(key) for record in records] for key in ("test_accuracy", "test_loss", "train_loss")}
     return {"name": name, "epochs": [record["epoch"] for record in records]} | heads | scores
-
-
-def check_upload(data: bytes):
-    """Raise ValueError, with a message for the user, if a file is not an image or is too large to decode safely."""
-    if len(data) > MAX_BYTES:
-        raise ValueError("This file is larger than 10 MB; please choose a smaller image.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns above its own limit; ours is lower
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                pixels = image.width * image.height
-    except Image.DecompressionBombError:
-        pixels = MAX_PIXELS + 1
-    except Exception:  # decoders raise almost any exception on damaged files
-        raise ValueError(NOT_AN_IMAGE) from None
-    if pixels > MAX_PIXELS:
-        raise ValueError("This image has more than 20 million pixels; please choose a smaller one.")
 
 
 def encode_image(image: Image.Image, file_format: str, **options) -> bytes:

@@ -1,9 +1,34 @@
-"""Rejects requests to the viewer before their body is read."""
+"""Limits on what visitors send: requests are rejected before their body is read, images before they are decoded."""
 
+import io
+
+from PIL import Image
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-MAX_REQUEST_BYTES = 15 * 2**20  # an image of 10 MB in base64, with some margin
+from images import load_image, open_image
+
+MAX_UPLOAD_MB = 20
+MAX_REQUEST_BYTES = 30 * 2**20  # an upload in base64, with some margin
+MAX_MEGAPIXELS, MAX_JPEG_MEGAPIXELS = 20, 50  # a large JPEG is decoded at a reduced scale
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # MPO: JPEGs of some phones
+
+
+def load_upload(data: bytes, min_size: int) -> Image.Image:
+    """Decode an uploaded image, as `load_image` does. Raises ValueError with a message for the user."""
+    if len(data) > MAX_UPLOAD_MB * 2**20:
+        raise ValueError(f"This file is larger than {MAX_UPLOAD_MB} MB; please choose a smaller image.")
+    try:
+        with open_image(io.BytesIO(data)) as image:
+            file_format, megapixels = image.format, image.width * image.height / 1e6
+        if file_format not in FORMATS:
+            raise ValueError("the file has an unsupported format: convert it to JPEG or PNG")
+        limit = MAX_JPEG_MEGAPIXELS if file_format in ("JPEG", "MPO") else MAX_MEGAPIXELS
+        if megapixels > limit:
+            raise ValueError(f"the file has more than {limit} megapixels, the limit for {file_format}")
+        return load_image(io.BytesIO(data), min_size)
+    except ValueError as error:
+        raise ValueError(f"{str(error).replace('the file', 'This file', 1)}; please choose another image.") from None
 
 
 class RequestLimitMiddleware:
