@@ -96,10 +96,10 @@ def patch_distances(grid: tuple[int, int]) -> Tensor:
 def plot_attention(model: ConViT, image, layer: int, head: int | None = None, query: tuple[int, int] | None = None):
     """Plot the position, content, and mixed maps of the heads of a layer, from one query patch.
 
-    `model` comes from `weights.open_model`; `image` is a path, the bytes of a file, a PIL image, or an array. Layers
-    and heads count from 1; by default, all heads are plotted. `query` is (row, column) from 0, by default the center.
-    Returns a matplotlib Figure. Raises ValueError for an unreadable image, or a layer, head, or query that is out of
-    range.
+    `model` comes from `weights.open_model`; `image` is anything that `predict` takes. Layers and heads count from 1;
+    by default, all heads are plotted. `query` is (row, column) from 0, by default the center. Every map is scaled to
+    its own maximum; a weight of uniform attention is in the title. Returns a matplotlib Figure. Raises ValueError for
+    an unreadable image, or a layer, head, or query that is out of range.
     """
     import matplotlib.pyplot  # noqa: F401 (notebooks display figures only after this import)
     from matplotlib.figure import Figure  # not needed for statistics
@@ -124,15 +124,16 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
     shown = (pixels[0] - pixels.min()) / (pixels.max() - pixels.min())
     for index, panel_row in zip(heads, panels, strict=True):
         panel_row[0].imshow(shown.permute(1, 2, 0).numpy(), extent=(0, columns, rows, 0))
-        panel_row[0].set_ylabel(f"head {index + 1}\ngate {gate[index]:.2f}", rotation=0, ha="right", va="center")
+        label = f"head {index + 1}" + (f"\ngate {gate[index]:.2f}" if position is not None else "")
+        panel_row[0].set_ylabel(label, rotation=0, ha="right", va="center")
         for panel, (name, tensor) in zip(panel_row[1:], maps.items(), strict=True):
             head_map = tensor[index][-rows * columns :, -rows * columns :][row * columns + column]  # of the patches
             panel.imshow(head_map.unflatten(0, (rows, columns)).numpy(), extent=(0, columns, rows, 0), vmin=0)
-            panel.set_title(f"{name}, max {head_map.max():.2f}", fontsize="small")
+            panel.set_title(f"{name}, max {head_map.max():.2g}", fontsize="small")
         for panel in panel_row:
             panel.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=1.5))
             panel.set(xticks=[], yticks=[])
-    figure.suptitle(f"layer {layer}, query patch ({row}, {column})")
+    figure.suptitle(f"layer {layer}, query patch ({row}, {column}) (uniform attention: {1 / mixed.shape[-1]:.2g})")
     return figure
 
 

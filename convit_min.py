@@ -13,9 +13,9 @@ Each map is normalized before mixing: the raw scores have unrelated scales, and 
 only if both maps sum to 1.
 
 A GPSA layer is initialized as a blurred convolution: position dominates (g = 0.73) and content is nearly uniform.
-With v_pos = alpha (2 Dx, 2 Dy, -1), P is a Gaussian around the offset (Dx, Dy), about 1 / sqrt(alpha) patches wide, and
-each head is assigned one tap of a small kernel. Read a trained head the same way: alpha = -v_pos[2] and (Dx, Dy) =
-v_pos[:2] / (2 alpha) if alpha > 0; with alpha < 0, the head avoids that point.
+With v_pos = alpha (2 Dx, 2 Dy, -1), P is a Gaussian around the offset (Dx, Dy), with standard deviation
+1 / sqrt(2 alpha) per axis; each head is assigned one tap of a small kernel. Read a trained head the same way:
+alpha = -v_pos[2], (Dx, Dy) = v_pos[:2] / (2 alpha) if alpha > 0; with alpha < 0, the head avoids that point.
 
 Released ConViT checkpoints load without conversion. At another image size, P is recomputed, pos_embed interpolated.
 Shapes: b batch, c channels, h heads, d channels per head, n tokens. The patch grid has Y rows and X columns: n = Y X,
@@ -38,7 +38,7 @@ Grid = tuple[int, int]  # rows and columns of patches: Y, X
 
 @dataclass(frozen=True)
 class ConViTConfig:  # invalid settings: ValueError
-    img_size: int | tuple[int, int] = 224  # or a pair
+    img_size: int | tuple[int, int] = 224  # or (H, W)
     patch_size: int = 16
     in_chans: int = 3
     num_classes: int = 1000  # 0: return features
@@ -101,7 +101,7 @@ MODELS = {
     "deit_small_plus":   ConViTConfig(dim=576, num_heads=9, gpsa_layers=0, qkv_bias=True),
     "deit_base":         ConViTConfig(dim=768, num_heads=12, gpsa_layers=0, qkv_bias=True),
     "deit_base_plus":    ConViTConfig(dim=1024, num_heads=16, gpsa_layers=0, qkv_bias=True),
-    # 32-pixel images: nano (1.2 M) trains on two CPU cores, the other (9.0 M) on a GPU; each with its plain ViT
+    # 32-pixel images: nano (1.2 M) trains on two CPU cores, the other (9.0 M) on a GPU; each followed by its plain ViT
     "convit_cifar_nano": ConViTConfig(32, 4, num_classes=10, dim=144, depth=7, num_heads=9, gpsa_layers=5, mlp_ratio=2),
     "vit_cifar_nano":    ConViTConfig(32, 4, num_classes=10, dim=144, depth=7, num_heads=9, gpsa_layers=0, mlp_ratio=2),
     "convit_cifar":      ConViTConfig(32, 4, num_classes=10, dim=288, depth=9, num_heads=9, gpsa_layers=7),
@@ -140,15 +140,15 @@ class GPSA(nn.Module):
         self.v = nn.Linear(dim, dim, bias=bias)
         self.proj = nn.Linear(dim, dim)
         self.pos_proj = nn.Linear(3, config.num_heads)  # row h of the weight is v_pos of head h
-        self.pos_proj.bias.requires_grad_(False)  # unused, softmax would cancel it; released weights have it
+        self.pos_proj.bias.requires_grad_(False)  # unused: softmax cancels it; released checkpoints have it
         self.gating_param = nn.Parameter(torch.empty(config.num_heads), requires_grad=config.gating == "learned")
 
     @torch.no_grad()
     def init_parameters(self):
         """Set the gates. With conv_init, also set v and v_pos: v_pos . r = -alpha |(dx, dy) - (Dx, Dy)|^2 + const.
 
-        (Dx, Dy) runs through the taps of a kernel, column by column: in a 3 x 3 kernel with alpha = 1, head 1 (of 0..8)
-        attends to the patch on the left, v_pos = (-2, 0, -1). Along an even side, taps fall halfway between patches.
+        (Dx, Dy) runs through the taps of a kernel, column by column as in released models: in a 3 x 3 kernel with
+        alpha = 1, head 1 (of 0..8) attends to the patch on the left, v_pos = (-2, 0, -1). Two taps lie at -1/2 and 1/2.
         """
         self.gating_param.fill_(self.config.gate_init)
         if not self.config.conv_init:
@@ -298,8 +298,8 @@ class ConViT(nn.Module):
 
 
 def resize_pos_embed(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Interpolate a position embedding from one grid (Y, X) to another, half types in float32: 1 n c -> 1 n c."""
-    if not torch.compiler.is_exporting() and tuple(old) == tuple(new):  # exported graphs interpolate
+    """Interpolate a position embedding from one grid (Y, X) to another (half types: in float32): 1 n c -> 1 n c."""
+    if not torch.compiler.is_exporting() and tuple(old) == tuple(new):  # exported grids are dynamic
         return pos_embed
     image = rearrange(pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float)), "1 (Y X) c -> 1 c Y X", Y=old[0])
     image = F.interpolate(image, size=tuple(new), mode="bicubic", antialias=True)
@@ -315,6 +315,6 @@ def create_model(name: str, **overrides) -> ConViT:
 
 if __name__ == "__main__":  # one head at initialization: its maps from the query patch at row 4, column 4 of 8 x 8
     content, position, gate, mixed = create_model("convit_cifar_nano")(torch.rand(1, 3, 32, 32), True)[1][0]
-    print(f"gate {gate[1]:.2f}; attention to the patch and its 8 neighbors")
+    print(f"head 2 of layer 1: gate {gate[1]:.2f}; attention to the patch and its 8 neighbors")
     for name, head_map in (("C", content[0, 1]), ("P", position[1]), ("A", mixed[0, 1])):
         print(name, head_map[4 * 8 + 4].detach().unflatten(0, (8, 8))[3:6, 3:6], sep="\n")

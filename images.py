@@ -97,13 +97,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def load_crop(image, height: int, width: int, crop_pct: float) -> Tensor:
     """The center crop of an image for evaluation (uint8, 3 H W).
 
-    `image` is a path, the bytes of a file, a PIL image, or an array (H W 3, uint8). Raises ValueError like
-    `open_image`.
+    `image` is a path, the bytes of a file, a PIL image, or a uint8 array (H W, or H W 3). Raises ValueError for
+    anything else, and like `open_image`.
     """
-    if isinstance(image, np.ndarray):
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim > 1 and image.shape[2:] in ((), (3,)):
         image = Image.fromarray(image)
     elif isinstance(image, bytes):
         image = io.BytesIO(image)
+    elif not isinstance(image, str | Path | Image.Image):
+        raise ValueError("an image must be a path, the bytes of a file, a PIL image, or a uint8 array (H W, or H W 3)")
     min_size = max(MIN_SIZE, 2 * max(height, width))
     image = to_rgb(image) if isinstance(image, Image.Image) else load_image(image, min_size)
     return to_tensor(center_crop(image, height, width, crop_pct))

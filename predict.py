@@ -2,15 +2,18 @@
 
     python predict.py runs/cifar cat.jpg dog.jpg          the three most likely classes of each image
     python predict.py convit_tiny photos/ --csv           a released model; all images of a folder, as CSV
-    python predict.py demo/cifar10 cat.jpg --attention heads.png --layer 5
+    python predict.py demo/cifar10 demo/cifar10/images/cat.jpg --attention heads.png --layer 5
 
-An unreadable file is named, and the others are classified.
+In folders, files without the extension of an image are passed over, with a note. Unreadable images are named, with exit
+status 1, and the others are classified.
 """
 
 import argparse
 import csv
 import json
+import signal
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -19,27 +22,34 @@ from analysis import plot_attention
 from convit_min import ConViT
 from images import preprocess
 from training.config import int_at_least
-from weights import open_model
+from training.folders import find_files
+from weights import list_names, open_model
 
 
 @torch.inference_mode()
 def predict(model: ConViT, image, top: int = 3) -> list[tuple[str, float]]:
     """The most likely classes of an image and their probabilities, the best first.
 
-    `model` comes from `open_model`; `image` is a path, the bytes of a file, a PIL image, or an array (H W 3).
-    Raises ValueError if the image is unreadable.
+    `model` comes from `open_model`; `image` is a path, the bytes of a file, a PIL image, or a uint8 array (H W, or
+    H W 3). Raises ValueError if it is none of these, or unreadable.
     """
     logits = model(preprocess(model, image))[0]
     probabilities, indices = logits.softmax(dim=0).topk(min(top, len(logits)))
     return [(model.classes[index], p) for index, p in zip(indices.tolist(), probabilities.tolist(), strict=True)]
 
 
-def find_files(paths: list[Path]) -> list[Path]:
-    """The given files, and all files in the given folders and their subfolders, except hidden ones."""
-    files = []
+def list_files(paths: list[Path]) -> list[Path]:
+    """The given files, and the images and broken links in the given folders and their subfolders.
+
+    A note says what was passed over. Raises OSError if a folder cannot be read.
+    """
+    files, passed_over = [], defaultdict(list)
     for path in paths:
-        found = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        files += [file for file in found if not file.name.startswith(".")]
+        files += sorted(map(Path, find_files(str(path), set(), passed_over))) if path.is_dir() else [path]
+    files += map(Path, passed_over.pop("broken links", []))  # opening them fails, and says why
+    if passed_over:
+        reasons = (f"{len(names)} {reason} ({list_names(names)})" for reason, names in sorted(passed_over.items()))
+        print(f"note: passed over: {'; '.join(reasons)}", file=sys.stderr)
     return files
 
 
@@ -49,22 +59,26 @@ def main():
     )
     parser.add_argument("model", help="run folder, weights file, or name of a released model")
     parser.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
-    parser.add_argument("--top", type=int_at_least(1), default=3, help="classes per image (%(default)s)")
+    parser.add_argument("--top", type=int_at_least(1), default=3, help="number of classes to print (default: 3)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON record per image")
-    output.add_argument("--csv", action="store_true", help="one CSV row per image")
-    parser.add_argument("--attention", type=Path, metavar="FILE", help="plot the heads of --layer for the first image")
-    parser.add_argument("--layer", type=int, default=1, help="layer to plot, from 1 (%(default)s)")
+    output.add_argument("--csv", action="store_true", help="a CSV header, and one row per image")
+    parser.add_argument(
+        "--attention", type=Path, metavar="FILE", help="plot the heads of --layer for the first readable image"
+    )
+    parser.add_argument("--layer", type=int, default=1, help="layer to plot, from 1 (default: 1)")
     args = parser.parse_args()
     try:
-        model, files, status = open_model(args.model), find_files(args.images), 0
+        model, files, status = open_model(args.model), list_files(args.images), 0
         if not files:
             raise ValueError(f"no images in {', '.join(map(str, args.images))}")
-        if args.attention:
-            plot_attention(model, files[0], args.layer).savefig(args.attention, dpi=120)
     except (ValueError, OSError) as error:
         sys.exit(f"predict.py: {error}")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` closes the pipe
     rows = csv.writer(sys.stdout)
+    if args.csv:
+        ranks = range(1, min(args.top, len(model.classes)) + 1)
+        rows.writerow(["file", *(f"{name} {rank}" for rank in ranks for name in ("class", "probability"))])
     for file in files:
         try:
             predictions = predict(model, file, args.top)
@@ -72,10 +86,16 @@ def main():
             print(f"predict.py: {error}", file=sys.stderr)
             status = 1
             continue
+        if args.attention:
+            try:
+                plot_attention(model, file, args.layer).savefig(args.attention, dpi=120)
+            except (ValueError, OSError) as error:
+                sys.exit(f"predict.py: {error}")
+            args.attention = None  # only the first
         if args.json:
             print(json.dumps({"file": str(file), "classes": predictions}))
         elif args.csv:
-            rows.writerow([file, *(value for prediction in predictions for value in prediction)])
+            rows.writerow([file, *(value for name, p in predictions for value in (name, f"{p:.4f}"))])
         else:
             print(f"{file}: {', '.join(f'{name} {p:.1%}' for name, p in predictions)}")
     sys.exit(status)
