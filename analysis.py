@@ -97,9 +97,9 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
     """Plot the position, content, and mixed maps of the heads of a layer, from one query patch.
 
     `model` comes from `weights.open_model`; `image` is anything that `predict` takes. Layers and heads count from 1;
-    by default, all heads are plotted. `query` is (row, column) from 0, by default the center. Every map is scaled to
-    its own maximum; a weight of uniform attention is in the title. Returns a matplotlib Figure. Raises ValueError for
-    an unreadable image, or a layer, head, or query that is out of range.
+    by default, all heads are plotted. `query` is (row, column) from 0, by default the center. Each map is scaled to
+    its maximum, but at least to four times uniform attention. Returns a matplotlib Figure. Raises ValueError for an
+    unreadable image, or a layer, head, or query that is out of range.
     """
     import matplotlib.pyplot  # noqa: F401 (notebooks display figures only after this import)
     from matplotlib.figure import Figure  # not needed for statistics
@@ -116,6 +116,7 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
             raise ValueError(f"{name} {value} is out of range: expected {lowest} to {highest}")
 
     content, position, gate, mixed = attention[layer - 1]
+    uniform = 1 / mixed.shape[-1]
     maps = {"position": position, "content": content[0], "mixed": mixed[0]}
     maps = {name: tensor for name, tensor in maps.items() if tensor is not None}
     heads = range(model.config.num_heads) if head is None else [head - 1]
@@ -128,12 +129,14 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
         panel_row[0].set_ylabel(label, rotation=0, ha="right", va="center")
         for panel, (name, tensor) in zip(panel_row[1:], maps.items(), strict=True):
             head_map = tensor[index][-rows * columns :, -rows * columns :][row * columns + column]  # of the patches
-            panel.imshow(head_map.unflatten(0, (rows, columns)).numpy(), extent=(0, columns, rows, 0), vmin=0)
-            panel.set_title(f"{name}, max {head_map.max():.2g}", fontsize="small")
+            highest = head_map.max().item()
+            scale = {"vmin": 0, "vmax": max(highest, 4 * uniform)}  # as on the page: flat maps stay dark
+            panel.imshow(head_map.unflatten(0, (rows, columns)).numpy(), extent=(0, columns, rows, 0), **scale)
+            panel.set_title(f"{name}, max {highest:.2g}", fontsize="small")
         for panel in panel_row:
             panel.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=1.5))
             panel.set(xticks=[], yticks=[])
-    figure.suptitle(f"layer {layer}, query patch ({row}, {column}) (uniform attention: {1 / mixed.shape[-1]:.2g})")
+    figure.suptitle(f"layer {layer}, query patch ({row}, {column}), uniform attention {uniform:.2g}", fontsize="medium")
     return figure
 
 

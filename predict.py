@@ -4,8 +4,8 @@
     python predict.py convit_tiny photos/ --csv           a released model; all images of a folder, as CSV
     python predict.py demo/cifar10 demo/cifar10/images/cat.jpg --attention heads.png --layer 5
 
-In folders, files without the extension of an image are passed over, with a note. Unreadable images are named, with exit
-status 1, and the others are classified.
+In folders, files without an image extension are skipped, with a note. An unreadable image is named, the others are
+classified, and the exit status is 1.
 """
 
 import argparse
@@ -41,15 +41,15 @@ def predict(model: ConViT, image, top: int = 3) -> list[tuple[str, float]]:
 def list_files(paths: list[Path]) -> list[Path]:
     """The given files, and the images and broken links in the given folders and their subfolders.
 
-    A note says what was passed over. Raises OSError if a folder cannot be read.
+    A note says what was skipped. Raises OSError if a folder cannot be read.
     """
-    files, passed_over = [], defaultdict(list)
+    files, skipped = [], defaultdict(list)
     for path in paths:
-        files += sorted(map(Path, find_files(str(path), set(), passed_over))) if path.is_dir() else [path]
-    files += map(Path, passed_over.pop("broken links", []))  # opening them fails, and says why
-    if passed_over:
-        reasons = (f"{len(names)} {reason} ({list_names(names)})" for reason, names in sorted(passed_over.items()))
-        print(f"note: passed over: {'; '.join(reasons)}", file=sys.stderr)
+        files += sorted(map(Path, find_files(str(path), set(), skipped))) if path.is_dir() else [path]
+    files += map(Path, skipped.pop("broken links", []))  # opening them fails, and says why
+    if skipped:
+        reasons = (f"{len(names)} {reason} ({list_names(names)})" for reason, names in sorted(skipped.items()))
+        print(f"note: skipped: {'; '.join(reasons)}", file=sys.stderr)
     return files
 
 
@@ -63,9 +63,7 @@ def main():
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON record per image")
     output.add_argument("--csv", action="store_true", help="a CSV header, and one row per image")
-    parser.add_argument(
-        "--attention", type=Path, metavar="FILE", help="plot the heads of --layer for the first readable image"
-    )
+    parser.add_argument("--attention", type=Path, metavar="FILE", help="plot the heads for the first readable image")
     parser.add_argument("--layer", type=int, default=1, help="layer to plot, from 1 (default: 1)")
     args = parser.parse_args()
     try:

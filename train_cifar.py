@@ -98,8 +98,9 @@ def train(config: Config):
 
     for epoch in run.epochs():  # epoch 0 only evaluates the initialization
         model.train()
+        # batches of uint8 images on the device; run.steps reseeds the random draws for every step
         for step, (images, labels) in run.steps(epoch, data.train_batches(epoch, run.first_step)):
-            # schedule
+            # schedule: linear warm-up, then cosine decay; gates have their own scale
             lr = learning_rate(step, total_steps, warmup_steps, peak_lr)
             set_learning_rate(optimizer, lr)
 
@@ -131,6 +132,7 @@ def train(config: Config):
             # progress, finite loss, checkpoint when due, clean stop
             run.after_step(step, lr)
 
+        # evaluate and save the moving average, not the trained weights themselves
         metrics = evaluate(model_ema.module, data.eval_batches(), device, config.amp)
         heads = head_statistics(model_ema.module, data.sample_images)
         run.end_epoch(metrics, heads)

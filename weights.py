@@ -16,7 +16,7 @@ from images import default_crop_pct
 
 RELEASED = ("convit_tiny", "convit_small", "convit_base")
 RELEASED_URL = "https://dl.fbaipublicfiles.com/convit/{}.pth"
-STATE_DICT_KEYS = ("model", "state_dict", "model_ema", "state_dict_ema")  # the first that a file has
+STATE_DICT_KEYS = ("ema", "state_dict_ema", "model", "state_dict", "model_ema")  # the first that a file has
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, and Lightning
 MAX_LISTED = 5  # names in an error
 
@@ -86,18 +86,22 @@ def read_weights(source: str) -> Weights:
     except ImportError as error:
         raise ValueError(f"{source} needs a package: pip install safetensors") from error
     except Exception as error:  # unpickling a damaged file raises nearly any exception
-        raise ValueError(f"{source} cannot be downloaded, is damaged, or is not a PyTorch checkpoint") from error
+        if url.startswith("http") and isinstance(error, OSError):
+            raise ValueError(f"{source} cannot be downloaded ({error}): pass a local file") from error
+        if "Unsupported" in str(error):  # by weights_only
+            raise ValueError(f"{source} contains a pickled model or other objects: save its state_dict") from error
+        raise ValueError(f"{source} is damaged, or is not a PyTorch checkpoint") from error
 
     record = record if isinstance(record, dict) else {}
     nested = next((record[key] for key in STATE_DICT_KEYS if key in record), record)
     items = nested.items() if isinstance(nested, dict) else []
     state = {_strip_prefixes(str(name)): value for name, value in items if torch.is_tensor(value)}
+    state.pop("n_averaged", None)  # of AveragedModel
     if not state:
         raise ValueError(f"{source} contains no weights")
-    if config is None:
-        return Weights(state, None, [], 0, None)
-    classes = [unicodedata.normalize("NFC", str(name)) for name in record.get("classes", [])]
-    return Weights(state, config, classes, int(record.get("epoch", 0)), record.get("crop_pct"))
+    classes = [unicodedata.normalize("NFC", str(name)) for name in record.get("classes", [])] if config else []
+    epoch = record.get("epoch", record.get("train_state", {}).get("epoch"))  # the latter in last.pt
+    return Weights(state, config, classes, epoch if isinstance(epoch, int) else 0, record.get("crop_pct"))
 
 
 def snapshot_files(run_dir: Path) -> list[Path]:
@@ -147,8 +151,8 @@ def _load(
     head = {key: value for key, value in expected.items() if key.startswith("head.")}
     file_head = {key for key in state if key.startswith("head.")}
     is_renamed = classes and weights.classes and list(classes) != weights.classes
-    if is_renamed or file_head != head.keys() or any(state[key].shape != head[key].shape for key in head):
-        warnings.warn(f"{source} has other classes: its classifier is not loaded", stacklevel=3)
+    is_new = is_renamed or file_head != head.keys() or any(len(state[key]) != len(head[key]) for key in head)
+    if is_new:
         state = {key: value for key, value in state.items() if key not in file_head} | head
 
     missing = expected.keys() - state.keys()
@@ -164,6 +168,8 @@ def _load(
         actual = f" (it is a {name})" if name else ""
         raise ValueError(f"{source} does not match this model{actual}; {'; '.join(problems)}")
     model.load_state_dict(state | {key: expected[key] for key in kept})
+    if is_new:
+        warnings.warn(f"{source} has other classes: its classifier is not loaded", stacklevel=3)
 
 
 def _adapt_pos_embed(state: dict[str, Tensor], grid: Grid | None, model: ConViT):

@@ -20,7 +20,7 @@ from analysis import read_metrics
 from convit_min import create_model
 from images import load_crop, load_image, preprocess
 from training.config import parse_flags
-from training.data import ImageSet, InMemoryData, decode
+from training.data import ImageSet, InMemoryData, decode, infer_dataset
 from training.distributed import UserError
 from training.folders import find_images
 from training.image_folder import ImageFolderDataset, StreamedData, load_data, random_resized_crop
@@ -98,14 +98,14 @@ def test_nested_folders_links_and_other_files(tree, capsys):
     for part in (
         "2 broken links (cat/gone.png, cat/self)",
         "1 outside of class folders (README.md)",
-        "4 without the extension of an image (cat/Thumbs.db, cat/figure.eps, cat/labels.csv, dog/notes.txt)",
+        "4 without an image extension (cat/Thumbs.db, cat/figure.eps, cat/labels.csv, dog/notes.txt)",
         "3 links to folders that are already included (",
     ):
         assert part in note
     for index in range(20):
         (cat / f"{index}.csv").write_text("")
     find_images(tree / "train")
-    assert "24 without the extension of an image (cat/0.csv, cat/1.csv, cat/10.csv, cat/11.csv, cat/12.csv and 19" in (
+    assert "24 without an image extension (cat/0.csv, cat/1.csv, cat/10.csv, cat/11.csv, cat/12.csv and 19" in (
         capsys.readouterr().out
     )
 
@@ -427,3 +427,9 @@ def test_reasons_are_told_apart(photo, tmp_path, monkeypatch):
 
 def raise_permission_error(file, *_, **__):
     raise PermissionError(13, "Permission denied", str(file))
+
+
+def test_images_deep_in_class_folders_are_found(tmp_path):
+    for name in ("cat", "dog"):
+        save_images(tmp_path / name / "2024" / "summer" / "june", 1)
+    assert infer_dataset(str(tmp_path), "data") == "folder"

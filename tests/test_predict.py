@@ -1,8 +1,9 @@
 """predict.py, plot_attention, and one preprocessing on every path."""
 
 import csv
-import io
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from PIL import Image
 from analysis import plot_attention
 from convit_min import create_model
 from images import default_crop_pct, normalize
-from predict import predict
+from predict import main, predict
 from train_cifar import Config
 from training.checkpoint import save_weights
 from training.data import InMemoryData
@@ -45,6 +46,13 @@ def test_predictions_of_a_path_bytes_image_and_array_agree(demo, photo, tmp_path
     assert [p for _, p in expected] == sorted((p for _, p in expected), reverse=True)
     for image in (str(tmp_path / "photo.png"), (tmp_path / "photo.png").read_bytes(), photo, np.array(photo)):
         assert predict(demo, image, top=10) == expected
+    gray = photo.convert("L")
+    assert predict(demo, np.array(gray)) == predict(demo, gray)
+    pixels = np.array(photo)
+    wrong = [pixels / 255, pixels.astype(np.uint16), pixels.transpose(2, 0, 1), torch.tensor(pixels), None, [photo]]
+    for image in wrong:
+        with pytest.raises(ValueError, match="a PIL image, or a uint8 array"):
+            predict(demo, image)
 
 
 @pytest.mark.parametrize("size", [32, 96])
@@ -73,29 +81,49 @@ def test_all_paths_preprocess_identically(size, photo, tmp_path):
     assert np.array_equal(whole, streamed.permute(1, 2, 0).numpy()) == (size == 32)
 
 
-def test_command_line(photo, tmp_path):
-    (tmp_path / "photos" / "nested").mkdir(parents=True)
-    photo.save(tmp_path / "photos" / "nested" / "a.png")
-    photo.save(tmp_path / "photos" / "b.jpg")
-    (tmp_path / "photos" / "c.txt").write_text("not an image")
-
-    def run(*args) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, ROOT / "predict.py", *map(str, args)], capture_output=True, text=True)
-
+def test_command_line(photo, tmp_path, monkeypatch, capsys):
+    photos = tmp_path / "photos"
+    (photos / "nested").mkdir(parents=True)
+    files = [photos / "b.jpg", photos / "nested" / "a.png", tmp_path / ".hidden"]
+    for file in files:
+        photo.save(file, "PNG")
+    (photos / "a.jpg").write_text("not an image")
+    (photos / "c.txt").write_text("not an image, either")
+    (photos / "d.png").symlink_to("missing")
     attention = tmp_path / "heads.png"
-    result = run(DEMO, tmp_path / "photos", "--json", "--attention", attention, "--layer", "5")
+    command = [sys.executable, ROOT / "predict.py", DEMO, photos, files[2]]
+    options = ["--json", "--attention", attention, "--layer", "5"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True)
     records = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [record["file"][-5:] for record in records] == ["b.jpg", "a.png"]
+    assert [record["file"] for record in records] == list(map(str, files))
     assert len(records[0]["classes"]) == 3 and Image.open(attention).width > 300
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "c.txt is not an image" in result.stderr
-    result = run(DEMO, tmp_path / "photos" / "b.jpg", "--csv", "--top", "1")
-    assert result.returncode == 0 and [len(row) for row in csv.reader(io.StringIO(result.stdout))] == [3]
-    result = run(tmp_path, "b.jpg")
-    assert (
-        result.returncode == 1
-        and "neither best.pt nor snapshots/" in result.stderr
-        and "Traceback" not in result.stderr
-    )
+    assert result.returncode == 1 and result.stderr.splitlines() == [
+        f"note: skipped: 1 without an image extension ({photos}/c.txt)",
+        f"predict.py: {photos}/a.jpg is not an image",
+        f"predict.py: {photos}/d.png cannot be opened: No such file or directory",
+    ]
+    (photos / "a.jpg").unlink()
+    (photos / "d.png").unlink()
+    read_end, write_end = os.pipe()
+    os.close(read_end)  # as `| head` does
+    result = subprocess.run([*command, "--json"], stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert result.stderr.count("\n") == 1 and "c.txt" in result.stderr
+
+    def run(*args) -> str:
+        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args)])
+        monkeypatch.setattr("signal.signal", lambda *_: None)  # of the process that runs the tests
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return str(stop.value)
+
+    assert run(DEMO, photos, "--csv", "--top", "2") == "0"
+    header, *rows = csv.reader(capsys.readouterr().out.splitlines())
+    assert header == ["file", "class 1", "probability 1", "class 2", "probability 2"]
+    assert [row[0] for row in rows] == list(map(str, files[:2]))
+    assert all(re.fullmatch(r"0\.\d{4}", row[2]) for row in rows)
+    assert "neither best.pt nor snapshots/" in run(tmp_path, "b.jpg")
+    assert "predict.py: layer 8 is out of range" in run(DEMO, photos, "--attention", attention, "--layer", "8")
 
 
 def test_plot_attention(demo, photo):
@@ -104,9 +132,12 @@ def test_plot_attention(demo, photo):
     with torch.no_grad():
         gate = demo.blocks[4].attn.gate()
     assert f"gate {gate[2]:.2f}" in figure.axes[8].get_ylabel()
+    assert "uniform attention 0.016" in figure.get_suptitle()
     single = plot_attention(demo, photo, layer=7, head=9, query=(0, 7))  # self-attention, with a class token
     assert [axes.get_title().split(",")[0] for axes in single.axes[1:]] == ["content", "mixed"]
+    assert single.axes[0].get_ylabel() == "head 9"  # without a gate
     assert single.axes[1].images[0].get_array().shape == (8, 8)
+    assert single.axes[1].images[0].get_clim() == (0, pytest.approx(4 / 65))  # nearly uniform
     wrong = [
         ({"layer": 8}, "layer 8"),
         ({"layer": 0}, "layer 0"),

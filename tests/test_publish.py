@@ -36,7 +36,9 @@ def site(models, tmp_path_factory):
 
 
 def shown_predictions(page) -> list:
-    return page.evaluate("(convit.state.recomputed ?? { predictions: convit.state.maps.predictions.at(-1) }).predictions")
+    return page.evaluate(
+        "(convit.state.recomputed ?? { predictions: convit.state.maps.predictions.at(-1) }).predictions"
+    )
 
 
 def test_page_works_without_a_server(browser, site, models):

@@ -145,7 +145,7 @@ def test_page_of_released_weights(browser, tmp_path):
 def test_invalid_arguments_exit_with_one_sentence(tmp_path, monkeypatch):
     for flags, message in (
         (["--weights", "convit_huge"], "there is no file convit_huge, and no released model of that name"),
-        (["--weights", __file__], "cannot be downloaded, is damaged, or is not a PyTorch checkpoint"),
+        (["--weights", __file__], "is damaged, or is not a PyTorch checkpoint"),
         (["--run", "nowhere"], "nowhere has no snapshots; pass a run folder of train_cifar.py with --run"),
         (["--run", DEMO, tmp_path], "has no snapshots; pass a run folder"),
     ):

@@ -30,7 +30,7 @@ from training.distributed import UserError
 from training.image_folder import random_resized_crop
 from training.optim import ModelEMA, autocast, learning_rate, param_groups
 from training.patterns import patterns
-from weights import load_weights
+from weights import load_weights, open_model
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--epochs", "2", "--batch-size", "8", "--device", "cpu"]
@@ -106,6 +106,10 @@ def test_run_folder_contents(tree, tmp_path, monkeypatch, capsys):
         accuracy = (model(normalize(test.images)).argmax(1) == test.labels).float().mean().item() * 100
     assert accuracy == pytest.approx(max(record["test_accuracy"] for record in metrics))
 
+    last, record = open_model(run / "last.pt"), torch.load(run / "last.pt", weights_only=True)
+    assert last.epoch == 2 and torch.equal(last.norm.weight, record["ema"]["module.norm.weight"])
+    assert not torch.equal(last.norm.weight, record["model"]["norm.weight"])
+
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--eval"])
     train_cifar.main()
@@ -142,7 +146,7 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
     (tmp_path / "other.json").write_text('{"leaning_rate": 1}')
     assert "not a config.json" in error_of("--config", tmp_path / "other.json")
     (tmp_path / "other.json").write_text('{"leaning_rate": 1, "epochs": 3, "epoch": 4}')
-    assert "unknown keys: epoch, leaning_rate; did you mean epochs?" in error_of("--config", tmp_path / "other.json")
+    assert "unknown keys: epoch, leaning_rate; did you mean epochs, or is it a run of the other" in error_of("--config", tmp_path / "other.json")
     (tmp_path / "other.json").write_text('{"epochs": 1.5, "lr": 0.1}')
     assert "'1.5' must be an integer" in error_of("--config", tmp_path / "other.json")
     (tmp_path / "other.json").write_text('{"shift": 4, "flip": true}')

@@ -28,8 +28,9 @@ FILES = {  # what people have
         "epoch": 3,
         "args": argparse.Namespace(lr=5e-4, model="convit"),
     },
-    "timm's last.pth.tar": lambda state: {
-        "state_dict": state,
+    "timm's last.pth.tar": lambda state: {  # the moving average is what timm evaluates
+        "state_dict": {name: torch.zeros_like(value) for name, value in state.items()},
+        "state_dict_ema": state,
         "arch": "convit_tiny",
         "args": argparse.Namespace(seed=1),
     },
@@ -195,12 +196,15 @@ def test_bad_files_give_one_sentence_and_execute_nothing(tmp_path):
     torch.save({"model": model.state_dict(), "model_config": {"layers": 3}}, tmp_path / "config")
     torch.save({"conv1.weight": torch.zeros(3, 3), "pos_embed": torch.zeros(2)}, tmp_path / "foreign")
     torch.save({"pos_embed": torch.zeros(1, 5, 36), "head.weight": torch.tensor(1.0)}, tmp_path / "short")
+    torch.save(model, tmp_path / "pickled")
+    with pytest.raises(ValueError, match="pickled contains a pickled model or other objects: save its state_dict"):
+        load_weights(model, tmp_path / "pickled")
     for name in (*bad, "malicious_zip", "list", "tensor", "config", "foreign", "short"):
         with pytest.raises(ValueError, match=name):
             load_weights(model, tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"neither best\.pt nor snapshots/"):
         load_weights(model, tmp_path)
-    with pytest.raises(ValueError, match="cannot be downloaded, is damaged"):
+    with pytest.raises(ValueError, match=r"cannot be downloaded \(.*refused.*\): pass a local file"):
         load_weights(model, "http://127.0.0.1:9/weights.pth")  # nobody listens there
     assert not (tmp_path / "ran").exists()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -99,7 +100,7 @@ class RunConfig:
     # model
     model: str = flag("convit_tiny", "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
     weights: str | None = flag(
-        None, "initialize from a run, file, or released model; the classifier is new if class counts differ"
+        None, "initialize from a run, file, or released model; for other classes, the classifier starts untrained"
     )
     img_size: int | None = flag(None, "image size in pixels (default: the model's)", type=int_at_least(1))
     patch_size: int | None = flag(None, "patch size in pixels (default: the model's)", type=int_at_least(1))
@@ -114,7 +115,7 @@ class RunConfig:
     # optimization
     epochs: int = flag(300, "number of epochs", type=int_at_least(1))
     steps_per_epoch: int | None = flag(
-        None, "steps between evaluations (default: one pass over the training set)", type=int_at_least(1)
+        None, "optimizer steps per epoch (default: one pass over the training set)", type=int_at_least(1)
     )
     batch_size: int = flag(512, "global batch size, over all processes", type=int_at_least(1))
     grad_accum_steps: int = flag(1, "gradient accumulation: micro-batches per step", type=int_at_least(1))
@@ -159,6 +160,8 @@ class RunConfig:
     def check(self, num_train: int):
         """Raise UserError for a batch size that cannot be split, or a package or precision that is not available."""
         num_splits = world_size() * self.grad_accum_steps
+        if self.csv and not self.eval:
+            raise UserError("--csv needs --eval")
         if self.tensorboard and not find_spec("tensorboard"):
             raise UserError("--tensorboard needs a package: pip install tensorboard")
         if self.amp == "bf16" and self.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -191,7 +194,10 @@ def build_model(config: RunConfig, classes: list[str]) -> ConViT:
     try:
         model = create_model(config.model, num_classes=len(classes), **overrides)
         if config.weights and not config.resume:
-            load_weights(model, config.weights, classes=classes)
+            with warnings.catch_warnings(record=True) as caught:
+                load_weights(model, config.weights, classes=classes)
+            for warning in caught:
+                print0(f"note: {warning.message}")
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     if config.freeze_gpsa:
@@ -274,7 +280,8 @@ def _read_flags(config_class: type, file: str | Path, exclude_weights: bool) -> 
         raise UsageError(f"{file} is not a config.json of this script")
     if unknown := values.keys() - names:
         nearest = _nearest(unknown, names)
-        raise UsageError(f"{file} has unknown keys: {list_names(unknown)}; did you mean {nearest}?")
+        raise UsageError(f"{file} has unknown keys: {list_names(unknown)}; did you mean {nearest}, or is it a run of "
+                         "the other training script?")  # fmt: skip
     excluded = ("run", "resume", "eval", "device", "workers", *(["weights"] if exclude_weights else []))
     return as_flags({name: value for name, value in values.items() if name not in excluded})
 

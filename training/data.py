@@ -85,9 +85,13 @@ def set_counts(data, train: ImageSet, test: ImageSet, device: torch.device):
     data.classes, data.num_train, data.num_eval = train.classes, len(train.labels), len(test.labels)
     data.epoch_length = config.epoch_length(data.num_train)  # in images
     data.eval_split = "validation" if config.val_fraction or config.dataset == "imagenet" else "test"
+    source = "patterns" if config.dataset == "patterns" else config.data_dir
     training = "" if config.eval else f"{data.num_train} training and "
-    print0(f"{config.dataset} in {config.data_dir}: {training}{data.num_eval} {data.eval_split} images of "
-           f"{len(data.classes)} classes; {config.model}, {device}")  # fmt: skip
+    print0(f"{source}: {training}{data.num_eval} {data.eval_split} images of {len(data.classes)} classes; "
+           f"{config.model}, {device}")  # fmt: skip
+    if config.eval and config.val_fraction:
+        print0("note: the model has not seen these images only if it was trained with the same --val-fraction, --seed, "
+               "and files")  # fmt: skip
 
 
 def split_sets(config, load: Callable[[str], ImageSet]) -> tuple[ImageSet, ImageSet]:

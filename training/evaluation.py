@@ -15,7 +15,7 @@ from images import normalize
 from training import checkpoint, distributed
 from training.distributed import UserError, print0
 from training.optim import autocast
-from weights import class_names, list_names, open_model
+from weights import class_names, infer_model, list_names, open_model
 
 
 class Predictions(NamedTuple):
@@ -28,14 +28,13 @@ class Predictions(NamedTuple):
     loss: Tensor  # cross-entropy
     in_top5: Tensor  # 1 if the label is among the five most likely classes
 
-    def metrics(self) -> dict[str, float]:
-        """Mean loss, and top-1 and top-5 accuracy in percent."""
-        means = [column.mean().item() for column in (self.loss, 100.0 * self.is_correct, 100.0 * self.in_top5)]
-        return dict(zip(("test_loss", "test_accuracy", "test_accuracy_top5"), means, strict=True))
-
-    @property
-    def is_correct(self) -> Tensor:
-        return (self.label == self.predicted).double()
+    def metrics(self, num_classes: int) -> dict[str, float]:
+        """Mean loss, and top-1 and (of more than five classes) top-5 accuracy in percent."""
+        is_correct = (self.label == self.predicted).double()
+        columns = {"test_loss": self.loss, "test_accuracy": 100 * is_correct, "test_accuracy_top5": 100 * self.in_top5}
+        if num_classes <= 5:
+            del columns["test_accuracy_top5"]
+        return {name: column.mean().item() for name, column in columns.items()}
 
     def confusion(self, num_classes: int) -> Tensor:
         """How many images of each class (rows) are predicted as each class (columns): k k."""
@@ -66,11 +65,8 @@ def predict_all(model: ConViT, batches: Iterable, device: torch.device, amp: str
 
 
 def evaluate(model: ConViT, batches: Iterable, device: torch.device, amp: str) -> dict[str, float]:
-    """Mean cross-entropy, and top-1 and (of more than five classes) top-5 accuracy in percent; see `predict_all`."""
-    metrics = predict_all(model, batches, device, amp).metrics()
-    if model.config.num_classes <= 5:
-        del metrics["test_accuracy_top5"]
-    return metrics
+    """Loss and accuracy, as in `Predictions.metrics`, for the batches of `predict_all`."""
+    return predict_all(model, batches, device, amp).metrics(model.config.num_classes)
 
 
 def evaluate_weights(config, load_data: Callable):
@@ -84,19 +80,19 @@ def evaluate_weights(config, load_data: Callable):
         model = open_model(config.weights).to(device)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    config.model, config.img_size = model.name, config.img_size or model.config.image_shape[0]
+    config.model = infer_model(model.state_dict())[0] or model.name
+    config.img_size = config.img_size or model.config.image_shape[0]
     data = load_data(config, device, model.crop_pct)
     label_map = match_classes(model, data.classes, config.weights).to(device)
     batches = ((images, label_map[labels], indices) for images, labels, indices in data.eval_batches())
     predictions = predict_all(model, batches, device, config.amp)
-    metrics = predictions.metrics()
+    metrics, num_images = predictions.metrics(len(model.classes)), len(predictions.index)
+    folder, classes = Path(config.run), model.classes
     scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-    num_images = len(predictions.index)
-    print0(f"{config.weights}: {scores} ({num_images} {data.eval_split} images)")
+    print0(f"{config.weights}: {scores} ({num_images} {data.eval_split} images; report in {folder}/eval.json)")
     if distributed.rank() > 0:
         return
 
-    folder, classes = Path(config.run), model.classes
     confusion = predictions.confusion(len(classes))
     per_class = {
         name: {"images": total, "test_accuracy": 100 * correct / total if total else None}
@@ -105,7 +101,8 @@ def evaluate_weights(config, load_data: Callable):
     report = {"weights": config.weights, "data_dir": config.data_dir, "split": data.eval_split, "images": num_images}
     report |= metrics | {"classes": per_class, "confusion": confusion.tolist()}  # rows: labels, columns: predictions
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(folder / "eval.json", json.dumps(report | {"provenance": checkpoint.provenance(device)}))
+    report |= {"provenance": checkpoint.provenance(device)}
+    checkpoint.write_text(folder / "eval.json", json.dumps(report, ensure_ascii=False) + "\n")
     if config.csv:
         with open(folder / "eval.csv", "w", newline="") as file:
             rows = csv.writer(file)
@@ -122,11 +119,14 @@ def match_classes(model: ConViT, classes: list[str], source: str) -> Tensor:
     """
     if model.classes == class_names(len(model.classes)):  # the file has none
         if len(classes) != len(model.classes):
-            raise UserError(f"{source} distinguishes {len(model.classes)} classes, but the images have {len(classes)}")
+            raise UserError(
+                f"{source} has {len(model.classes)} classes, but the images have {len(classes)}: fine-tune it first, "
+                "with --weights and without --eval"
+            )
         return torch.arange(len(classes))
     if unknown := set(classes) - set(model.classes):
         raise UserError(
-            f"{source} does not have the classes {list_names(unknown)}, but {list_names(model.classes)}: "
-            "rename the folders, or fine-tune it with --weights"
+            f"{source} was not trained on the classes {list_names(unknown)} (its classes: {list_names(model.classes)})"
+            ": rename the folders, or fine-tune it with --weights"
         )
     return torch.tensor([model.classes.index(name) for name in classes])

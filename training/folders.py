@@ -21,15 +21,16 @@ def find_split(config, split: str, eval_splits: tuple[str, ...]) -> Path:
     matching = [name for name in (("train",) if split == "train" else eval_splits) if name in found]
     if matching:
         return root / matching[0]
+    if not found and not has_class_folders(root):
+        raise UserError(describe_missing(root))
+    names = [file.name for file in root.iterdir() if file.is_dir() and file.name not in SPLITS]
+    if split_like := [name for name in names if name.lower() in SPLIT_LIKE]:
+        raise UserError(f"rename {list_names(split_like)} in {root}: splits are named {', '.join(SPLITS)}")
     if found and split == "train":
         raise UserError(f"{root} contains {found[0]}/, but no train/")
     if found:
         raise UserError(f"{root} contains train/, but none of {', '.join(eval_splits)}: add one of them, or evaluate "
                         "on a part of train/ with --val-fraction 0.1")  # fmt: skip
-    if not has_class_folders(root):
-        raise UserError(describe_missing(root))
-    if split_like := [file.name for file in root.iterdir() if file.name.lower() in SPLIT_LIKE and file.is_dir()]:
-        raise UserError(f"rename {list_names(split_like)} in {root}: splits are named {', '.join(SPLITS)}")
     if config.val_fraction:
         return root
     raise UserError(f"{root} contains class folders, but no train/ and {eval_splits[0]}/: evaluate on a part of each "
@@ -37,10 +38,11 @@ def find_split(config, split: str, eval_splits: tuple[str, ...]) -> Path:
 
 
 def has_class_folders(root: Path) -> bool:
-    """Whether at least two folders contain images, themselves or in a subfolder."""
+    """Whether at least two folders contain images, themselves or in subfolders of a few levels."""
 
     def has_images(folder: Path) -> bool:
-        return any(file.suffix.lower() in image_extensions() for depth in ("*", "*/*") for file in folder.glob(depth))
+        files = (file for depth in range(5) for file in folder.glob("*/" * depth + "*"))
+        return any(file.suffix.lower() in image_extensions() for file in files)
 
     return sum(has_images(folder) for folder in root.glob("*/") if not folder.name.startswith(HIDDEN)) >= 2
 
@@ -58,10 +60,10 @@ def describe_missing(root: Path) -> str:
 def find_images(folder: Path) -> dict[str, list[Path]]:
     """The image files of every class folder and its subfolders, both sorted by name.
 
-    A note says what was passed over. Class names are in Unicode normal form NFC. Raises UserError if a folder cannot
+    A note says what was skipped. Class names are in Unicode normal form NFC. Raises UserError if a folder cannot
     be read, or contains no images.
     """
-    tree, passed_over = defaultdict(list), defaultdict(list)
+    tree, skipped = defaultdict(list), defaultdict(list)
     parents = {os.path.realpath(folder), *map(str, Path(os.path.realpath(folder)).parents)}
     try:
         with os.scandir(folder) as entries:
@@ -70,17 +72,17 @@ def find_images(folder: Path) -> dict[str, list[Path]]:
                     continue
                 if entry.is_dir():
                     name = unicodedata.normalize("NFC", entry.name)  # macOS has NFD
-                    tree[name] += find_files(entry.path, {*parents}, passed_over)
+                    tree[name] += find_files(entry.path, {*parents}, skipped)
                 else:
-                    passed_over["outside of class folders"].append(entry.path)
+                    skipped["outside of class folders"].append(entry.path)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
-    if passed_over:
+    if skipped:
         reasons = [
             f"{len(paths)} {reason} ({list_names([os.path.relpath(path, folder) for path in paths])})"
-            for reason, paths in sorted(passed_over.items())
+            for reason, paths in sorted(skipped.items())
         ]
-        print0(f"note: passed over in {folder}: {'; '.join(reasons)}")
+        print0(f"note: skipped in {folder}: {'; '.join(reasons)}")
     if not tree:
         raise UserError(f"{folder} contains no class folders; put the images into {folder}/CLASS/")
     for name, files in tree.items():
@@ -89,14 +91,14 @@ def find_images(folder: Path) -> dict[str, list[Path]]:
     return {name: [Path(file) for file in sorted(tree[name])] for name in sorted(tree)}
 
 
-def find_files(folder: str, visited: set[str], passed_over: dict[str, list[str]]) -> list[str]:
+def find_files(folder: str, visited: set[str], skipped: dict[str, list[str]]) -> list[str]:
     """The image files of a folder and its subfolders. Raises OSError.
 
-    Adds the real paths of folders to `visited`, and to `passed_over`, by reason, the paths of all other files.
+    Adds the real paths of folders to `visited`, and to `skipped`, by reason, the paths of all other files.
     """
     real = os.path.realpath(folder)
     if real in visited:  # otherwise, a link to a parent folder would never end
-        passed_over["links to folders that are already included"].append(folder)
+        skipped["links to folders that are already included"].append(folder)
         return []
     visited.add(real)
     files, extensions = [], image_extensions()
@@ -105,11 +107,11 @@ def find_files(folder: str, visited: set[str], passed_over: dict[str, list[str]]
             if entry.name.startswith(HIDDEN):
                 continue
             if entry.is_symlink() and not os.path.exists(entry.path):
-                passed_over["broken links"].append(entry.path)
+                skipped["broken links"].append(entry.path)
             elif entry.is_dir():
-                files += find_files(entry.path, visited, passed_over)
+                files += find_files(entry.path, visited, skipped)
             elif os.path.splitext(entry.name)[1].lower() in extensions:
                 files.append(entry.path)
             else:
-                passed_over["without the extension of an image"].append(entry.path)
+                skipped["without an image extension"].append(entry.path)
     return files

@@ -215,7 +215,7 @@ class Run:
         change += f"started with {num_train} and {num_eval}"
         if self.config.val_fraction:  # the split is drawn again: images that were trained on would be evaluated on
             raise UserError(f"{change}: restore the original files (--skip-bad-images leaves out unreadable ones), or "
-                            f"choose another --run with --weights {self.dir}/best.pt")  # fmt: skip
+                            "start over with another --run")  # fmt: skip
         print0(f"note: {change}; the run goes on, but is no longer exactly reproducible")
 
     def _is_trained(self, epoch: int) -> bool:

@@ -240,6 +240,8 @@ def open_run(run_dir: Path | str, name: str | None = None) -> AttentionInspector
     Raises FileNotFoundError or ValueError if there are no readable snapshots.
     """
     run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"there is no folder {run_dir}")
     files = snapshot_files(run_dir)
     if not files:
         raise FileNotFoundError(f"{run_dir} has no snapshots; pass a run folder of train_cifar.py with --run")

@@ -2,42 +2,79 @@
 
 import { epochAt } from "./charts.js";
 import { nearestSnapshot } from "./curves.js";
-import { drawSelection } from "./heads.js";
+import { arrowOf, drawSelection } from "./heads.js";
 import { copyHead, dragKernel, setKernel } from "./kernel.js";
-import { changedGates, find, findAll, gatedLayers, KINDS, numHeads, state } from "./state.js";
+import { changedGate, changedGates, find, findAll, gatedLayers, KINDS, numHeads, on, patchAt,
+  placeOf, state } from "./state.js";
 import { startTraining, train } from "./train.js";
 import { drawQuery, moveQuery, navigate, pinGates, play, setGates, setLocked, showImage, showModel,
-  showTab,
-  showUpload, step, stop } from "./view.js";
-
-const on = (selector, type, handler) => find(selector).addEventListener(type, handler);
+  showSnapshot, showTab, showUpload, step, stop } from "./view.js";
 
 export function bindAll() {
-  for (const bind of [bindTabs, bindControls, bindGates, bindImage, bindUploads, bindHeads,
-    bindHeatmap, bindCharts,
-    bindExports, bindKernel]) bind();
+  for (const bind of [bindTabs, bindControls, bindImage, bindUploads, bindHeads, bindHeatmap,
+    bindCharts, bindExports, bindKernel]) bind();
 }
 
-function patchAt(event) {
-  const [rows, columns] = state.model.grid;
-  const box = find(".image").getBoundingClientRect();
-  const indexAt = (fraction, count) =>
-    Math.max(0, Math.min(count - 1, Math.floor(fraction * count)));
-  const column = indexAt((event.clientX - box.left) / box.width, columns);
-  return indexAt((event.clientY - box.top) / box.height, rows) * columns + column;
+function bindTabs() {
+  const tabs = findAll("[role=tab]");
+  for (const [index, tab] of tabs.entries()) {
+    tab.addEventListener("click", () => showTab(tab.dataset.tab));
+    tab.addEventListener("keydown", (event) => {
+      const target = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: -1 }[event.key];
+      if (target === undefined) return;
+      event.preventDefault();
+      const other = tabs.at(target % tabs.length);
+      other.focus();
+      showTab(other.dataset.tab);
+    });
+  }
+}
+
+function bindControls() {
+  on(".models", "click", ({ target: { dataset: { model } } }) => {
+    if (model !== undefined && model !== state.key) showModel(model);
+  });
+  on(".layer", "change", (event) => navigate({ layer: Number(event.target.value) }));
+  on(".snapshot", "input", (event) => showSnapshot(event.target.valueAsNumber));
+  on(".play", "click", play);
+  on(".step", "click", () => {
+    stop();
+    step();
+  });
+  on(".reset", "click", () => showSnapshot(0));
+  on(".kinds", "click", ({ target: { dataset: { kind } } }) => { if (kind) navigate({ kind }); });
+  find(".kinds").innerHTML = KINDS.map((kind) =>
+    `<button type="button" class="${kind}" data-kind="${kind}">${kind}</button>`).join("");
+  on(".options", "input", () => {
+    find(".mass-percent").textContent = `${Math.round(100 * find(".mass").value)}%`;
+    drawQuery();
+  });
+  on(".pins", "click", ({ target: { dataset: { pin, scope } } }) => {
+    if (pin === undefined) return;
+    pinGates(scope === "layer" ? [state.layer] : gatedLayers(), pin === "" ? null : Number(pin));
+  });
+  on(".train", "click", startTraining);
+  on(".train-stop", "click", () => train("stop"));
 }
 
 function bindImage() {
-  const canvas = find(".image");
-  canvas.addEventListener("pointermove", (event) => {
-    if (!state.locked && event.pointerType !== "touch") moveQuery(patchAt(event));
+  const pointed = (event) => {
+    const [rows, columns] = state.model.grid;
+    const box = event.target.getBoundingClientRect();
+    const index = (offset, length, count) =>
+      Math.max(0, Math.min(count - 1, Math.floor((offset / length) * count)));
+    return patchAt(index(event.clientX - box.left, box.width, columns),
+      index(event.clientY - box.top, box.height, rows));
+  };
+  on(".image", "pointermove", (event) => {
+    if (!state.locked && event.pointerType !== "touch") moveQuery(pointed(event));
   });
-  canvas.addEventListener("click", (event) => {
-    const query = patchAt(event);
+  on(".image", "click", (event) => {
+    const query = pointed(event);
     setLocked(!(state.locked && query === state.query));
     moveQuery(query);
   });
-  canvas.addEventListener("keydown", (event) => {
+  on(".image", "keydown", (event) => {
     const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
     const move = arrows[event.key];
     const isToggle = event.key === "Enter" || event.key === " ";
@@ -45,9 +82,9 @@ function bindImage() {
     if (isToggle || move) event.preventDefault();
     if (!move) return;
     const [rows, columns] = state.model.grid;
-    const [x, y] = [(state.query % columns) + move[0], Math.floor(state.query / columns) + move[1]];
+    const [x, y] = placeOf(state.query).map((index, axis) => index + move[axis]);
     if (x < 0 || x >= columns || y < 0 || y >= rows) return;
-    moveQuery(y * columns + x);
+    moveQuery(patchAt(x, y));
     find(".screen-reader").textContent = `row ${y + 1}, column ${x + 1}`;
   });
 }
@@ -60,9 +97,9 @@ function bindUploads() {
     event.target.value = ""; // so that the same file can be chosen again
   });
   on(".examples", "click", (event) => {
-    const button = event.target.closest("button");
-    if (button?.dataset.example) showImage(button.dataset.example);
-    else if (button) showUpload();
+    const name = event.target.closest("button")?.dataset.example;
+    if (name) showImage(name);
+    else if (name === "") showUpload();
   });
   const page = state.element.ownerDocument;
   page.addEventListener("dragover", (event) => {
@@ -90,124 +127,59 @@ function bindHeads() {
     if (!event.target.closest(".gate") && head !== null) navigate({ head });
   });
   const setGate = (event, wait) => {
-    const gates = new Map(state.gates).set(`${state.layer},${headAt(event)}`,
-      Number(event.target.value));
-    setGates(gates, wait);
+    const gate = [`${state.layer},${headAt(event)}`, event.target.valueAsNumber];
+    setGates(new Map([...state.gates, gate]), wait);
   };
   on(".heads", "input", (event) => setGate(event, true)); // mixed maps follow the slider
   on(".heads", "change", (event) => setGate(event, false)); // the model runs when it is released
-  find(".kinds").innerHTML = KINDS.map((kind) =>
-    `<button type="button" class="${kind}" data-kind="${kind}">${kind}</button>`).join("");
-  on(".kinds", "click", (event) => {
-    const { kind } = event.target.dataset;
-    if (kind) navigate({ kind });
-  });
 }
 
 function bindHeatmap() {
-  on(".gate-heatmap", "click", (event) => {
-    const cell = event.target.closest(".cell");
-    if (cell) navigate({ layer: Number(cell.dataset.layer), head: Number(cell.dataset.cell) });
-  });
+  const cellAt = (event) => {
+    const { layer, cell } = event.target.dataset;
+    return cell && { layer: Number(layer), head: Number(cell) };
+  };
+  on(".gate-heatmap", "click", (event) => { if (cellAt(event)) navigate(cellAt(event)); });
   on(".gate-heatmap", "keydown", (event) => {
     const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -numHeads(), ArrowDown: numHeads() };
     if (!moves[event.key]) return;
-    const cells = findAll(".gate-heatmap .cell");
     event.preventDefault();
+    const cells = findAll(".cell");
     cells[cells.indexOf(event.target) + moves[event.key]]?.focus();
   });
   on(".gate-heatmap", "pointerover", (event) => {
-    const cell = event.target.closest(".cell");
-    drawSelection(cell && Number(cell.dataset.layer) === state.layer ? Number(cell.dataset.cell)
-      : null);
+    const cell = cellAt(event);
+    drawSelection(cell?.layer === state.layer ? cell.head : null);
   });
   on(".gate-heatmap", "pointerleave", () => drawSelection());
 }
 
 function bindCharts() {
-  state.element.addEventListener("click", (event) => {
+  on(".viewer", "click", (event) => {
     const epoch = epochAt(event);
-    if (epoch === null) return;
-    stop();
-    navigate({ snapshot: nearestSnapshot(epoch) });
+    if (epoch !== null) showSnapshot(nearestSnapshot(epoch));
   });
-  state.element.addEventListener("pointerover", (event) => {
-    if (event.target.dataset?.curve) drawSelection(Number(event.target.dataset.curve));
-    else if (event.target.closest("svg[data-last-epoch]")) drawSelection();
-  });
-}
-
-function bindTabs() {
-  const tabs = findAll("[role=tab]");
-  for (const [index, tab] of tabs.entries()) {
-    tab.addEventListener("click", () => showTab(tab.dataset.tab));
-    tab.addEventListener("keydown", (event) => {
-      const target = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: -1 }[event.key];
-      if (target === undefined) return;
-      const other = tabs.at(target % tabs.length);
-      event.preventDefault();
-      other.focus();
-      showTab(other.dataset.tab);
-    });
-  }
-}
-
-function bindControls() {
-  on(".models", "click", (event) => {
-    const { model } = event.target.dataset;
-    if (model !== undefined && model !== state.key) showModel(model);
-  });
-  on(".layer", "change", (event) => navigate({ layer: Number(event.target.value) }));
-  on(".snapshot", "input", (event) => {
-    stop();
-    navigate({ snapshot: Number(event.target.value) });
-  });
-  on(".play", "click", play);
-  on(".step", "click", () => {
-    stop();
-    step();
-  });
-  on(".reset", "click", () => {
-    stop();
-    navigate({ snapshot: 0 });
-  });
-  for (const selector of [".same-scale", ".show-input", ".opacity"]) on(selector, "input",
-    drawQuery);
-  on(".mass", "input", (event) => {
-    find(".mass-percent").textContent = `${Math.round(100 * event.target.value)}%`;
-    drawQuery();
-  });
-  on(".train", "click", startTraining);
-  on(".train-stop", "click", () => train("stop"));
-}
-
-function bindGates() {
-  on(".pins", "click", (event) => {
-    const { pin, scope } = event.target.dataset;
-    if (pin === undefined) return;
-    pinGates(scope === "layer" ? [state.layer] : gatedLayers(), pin === "" ? null : Number(pin));
+  on(".viewer", "pointerover", ({ target }) => {
+    if (target.dataset?.curve) drawSelection(Number(target.dataset.curve));
+    else if (target.closest("svg[data-last-epoch]")) drawSelection();
   });
 }
 
 function bindExports() {
-  on(".save-png", "click", () => saveFigure(false));
-  on(".save-gif", "click", () => saveFigure(true));
+  on(".save-png", "click", (event) => saveFigure(event.target, false));
+  on(".save-gif", "click", (event) => saveFigure(event.target, true));
   on(".save-csv", "click", saveGates);
 }
 
-function download(name, url) {
-  const link = document.createElement("a");
-  [link.download, link.href] = [name, url];
-  link.click();
-}
+const download = (name, url) =>
+  Object.assign(document.createElement("a"), { download: name, href: url }).click();
 
-async function saveFigure(animated) {
+async function saveFigure(button, animated) {
   const { key, image, layer, head, snapshot, query } = state;
   if (!image) return;
-  const button = find(animated ? ".save-gif" : ".save-png");
   button.disabled = true;
-  const view = { animated, layer, head, snapshot, query, gates: state.gates.size ? changedGates()
-    : null };
+  const gates = state.gates.size ? changedGates() : null;
+  const view = { animated, layer, head, snapshot, query, gates };
   const answer = await state.source.exportFigure(key, image, view);
   button.disabled = false;
   if (answer) download(`convit-layer-${layer + 1}.${animated ? "gif" : "png"}`, answer.file);
@@ -215,17 +187,17 @@ async function saveFigure(animated) {
 
 // Trained gates of all snapshots, and those changed by hand, which hold for every snapshot.
 function saveGates() {
-  const rows = state.model.gate.flatMap((layers, snapshot) => layers.flatMap((gates, layer) =>
+  const { epochs, gate: snapshots } = state.model;
+  const rows = snapshots.flatMap((layers, snapshot) => layers.flatMap((gates, layer) =>
     (gates ?? []).map((gate, head) =>
-      [state.model.epochs[snapshot] ?? "", layer + 1, head + 1, gate,
-      state.gates.get(`${layer},${head}`) ?? ""].join(","))));
-  const text = ["epoch,layer,head,gate,changed_gate", ...rows].join("\n") + "\n";
+      [epochs[snapshot], layer + 1, head + 1, gate, changedGate(layer, head)].join(","))));
+  const text = ["epoch,layer,head,gate,changed_gate", ...rows, ""].join("\n");
   download("convit-gates.csv", URL.createObjectURL(new Blob([text], { type: "text/csv" })));
 }
 
 function bindKernel() {
   for (const name of ["right", "down", "strength"]) {
-    on(`.${name}`, "input", (event) => setKernel({ [name]: Number(event.target.value) }));
+    on(`.${name}`, "input", (event) => setKernel({ [name]: event.target.valueAsNumber }));
   }
   on(".kernel-map", "pointerdown", (event) => {
     event.target.setPointerCapture(event.pointerId);
@@ -234,11 +206,10 @@ function bindKernel() {
   on(".kernel-map", "pointermove", (event) => { if (event.buttons) dragKernel(event); });
   on(".copy-head", "click", copyHead);
   const steps = [-1, 0, 1];
-  find(".taps").innerHTML = steps.flatMap((down) => steps.map((right) => `<button type="button"
-    data-right="${right}" data-down="${down}" aria-label="tap ${right} right, ${down} down">${
-    "↖↑↗←•→↙↓↘"[3 * (down + 1) + right + 1]}</button>`)).join("");
-  on(".taps", "click", (event) => {
-    const { right, down } = event.target.dataset;
-    if (right !== undefined) setKernel({ right: Number(right), down: Number(down), strength: 4 });
+  find(".taps").innerHTML = steps.flatMap((down) => steps.map((right) =>
+    `<button type="button" data-right="${right}" data-down="${down}"
+      aria-label="tap ${right} right, ${down} down">${arrowOf(right, down)}</button>`)).join("");
+  on(".taps", "click", ({ target: { dataset: { right, down } } }) => {
+    if (right) setKernel({ right: Number(right), down: Number(down), strength: 4 });
   });
 }

@@ -2,11 +2,12 @@
 
 import { hueOf, option } from "./hero.js";
 import { massThreshold, scaleOf } from "./maps.js";
-import { allHeads, depth, find, findAll, gatedLayers, gateOf, hasGates, meanDistance, numHeads,
-  numPatches, shownKind, state } from "./state.js";
+import { allHeads, changedGate, depth, find, findAll, gatedLayers, gateOf, hasGates, meanDistance,
+  numHeads, numPatches, placeOf, press, shownKind, state } from "./state.js";
 
 export const gateColor = (gate) =>
   `color-mix(in oklab, var(--position) ${(100 * gate).toFixed(1)}%, var(--content))`;
+export const arrowOf = (right, down) => "↖↑↗←•→↙↓↘"[3 * (down + 1) + right + 1];
 
 let cards = []; // DOM nodes of the heads
 let shownImage = null; // behind their maps
@@ -14,16 +15,13 @@ let shownImage = null; // behind their maps
 // Everything that depends on the query patch. Runs on every mouse move: it must not cause a page
 // layout.
 export function drawMaps(allMaps) {
-  const { query } = state;
   const kind = shownKind();
-  const columns = state.model.grid[1];
+  const highest = allMaps.map((maps) => Math.max(...maps[kind]));
   const sameScale = find(".same-scale").checked;
-  const peak = Math.max(...allMaps.map((maps) => Math.max(...maps[kind])));
-  const place = `translate(${100 * (query % columns)}%, ${100 * Math.floor(query / columns)}%)`;
+  const place = placeOf(state.query).map((index) => `${100 * index}%`);
   allMaps.forEach((maps, head) => {
     const { canvas, frame, maximum } = cards[head];
-    const highest = Math.max(...maps[kind]);
-    const scale = scaleOf(sameScale ? peak : highest, numPatches());
+    const scale = scaleOf(sameScale ? Math.max(...highest) : highest[head], numPatches());
     const threshold = massThreshold(maps[kind], option("mass"));
     const context = canvas.getContext("2d");
     const pixels = context.createImageData(canvas.width, canvas.height);
@@ -32,8 +30,8 @@ export function drawMaps(allMaps) {
       pixels.data.set([...hueOf(maps, kind, key), alpha], 4 * key);
     });
     context.putImageData(pixels, 0, 0);
-    frame.style.transform = place;
-    maximum.data = highest.toFixed(2);
+    frame.style.transform = `translate(${place})`;
+    maximum.data = highest[head].toFixed(2);
   });
 }
 
@@ -44,54 +42,40 @@ export function drawHeads() {
     shownImage = state.image;
     find(".heads").style.setProperty("--image", `url(${state.image.display})`);
   }
-  cards.forEach(({ card, arrow, slider, output, distance }, head) => {
+  cards.forEach(({ card, arrow, gateLine, slider, output, distance }, head) => {
     const gate = gateOf(state.layer, head);
-    card.style.setProperty("--gate-color", gated ? gateColor(gate) : "var(--content)");
+    card.style.setProperty("--gate-color", gateColor(gate));
     card.style.setProperty("--gate", `${100 * gate}%`);
     card.dataset.gate = gate.toFixed(3);
-    card.classList.toggle("changed", state.gates.has(`${state.layer},${head}`));
-    card.classList.toggle("no-gate", !gated);
+    card.classList.toggle("changed", changedGate(state.layer, head) !== undefined);
+    gateLine.hidden = !gated;
     slider.value = gate;
     const side = gate > 0.5 ? "mostly position" : "mostly content";
     slider.setAttribute("aria-valuetext", `${gate.toFixed(2)}, ${side}`);
     output.textContent = gate.toFixed(2);
     distance.textContent = meanDistance(head).toFixed(1);
-    const start = gated ? startOf(head) : null;
-    arrow.textContent = start ? start.arrow : "";
-    arrow.title = start ? `before training, it looks ${start.words}` : "";
+    [arrow.textContent, arrow.title] = gated ? startOf(head) : ["", ""];
   });
   const number = state.layer + 1;
   find(".heads-title").textContent = `The ${numHeads()} heads of layer ${number}`;
   find(".heads-hint").textContent = gated
     ? "Laid out as the taps of a convolution kernel; arrows show where each head starts."
     : `Layer ${number} is plain self-attention: its heads have no gate and no position map.`;
-  const name = `layer ${number}, head ${state.head + 1}`;
-  find(".hero-title").textContent = `Where the framed patch looks: ${name}`;
+  find(".hero-title").textContent =
+    `Where the framed patch looks: layer ${number}, head ${state.head + 1}`;
 }
 
-// Where a head looks before training, from the center of its position map.
+// Where a head looks before training, as an arrow and in words: the center of its position map.
 function startOf(head) {
   const [x, y, curvature] = state.model.v_pos[0][state.layer][head];
-  const [dx, dy] = [x, y].map((slope) => Math.sign(Math.round(slope / (-2 * curvature))) || 0);
-  const words = [["up", "", "down"][dy + 1], ["left", "", "right"][dx + 1]]
-    .filter(Boolean).join(" and ");
-  const arrow = "↖↑↗←•→↙↓↘"[3 * (dy + 1) + dx + 1];
-  return { arrow, words: words || "at the patch itself" };
+  const [right, down] = [x, y].map((slope) => Math.sign(Math.round(slope / (-2 * curvature))) || 0);
+  const words = [["up", "", "down"][down + 1], ["left", "", "right"][right + 1]].filter(Boolean);
+  const place = words.join(" and ") || "at the patch itself";
+  return [arrowOf(right, down), `before training, it looks ${place}`];
 }
 
 export function drawHeatmap() {
-  const heatmap = find(".gate-heatmap");
-  const layers = gatedLayers();
-  if (heatmap.dataset.layers !== `${layers} ${numHeads()}`) {
-    heatmap.dataset.layers = `${layers} ${numHeads()}`;
-    heatmap.style.gridTemplateColumns = `auto repeat(${numHeads()}, minmax(0, 1fr))`;
-    const row = (label, cell) => `<span>${label}</span>${allHeads().map(cell).join("")}`;
-    heatmap.innerHTML = row("head", (head) => `<span class="head-number">${head + 1}</span>`)
-      + layers.map((layer) => row(`layer ${layer + 1}`, (head) =>
-        `<button type="button" class="cell" data-layer="${layer}" data-cell="${head}"
-          ></button>`)).join("");
-  }
-  for (const cell of heatmap.querySelectorAll(".cell")) {
+  for (const cell of findAll(".cell")) {
     const [layer, head] = [Number(cell.dataset.layer), Number(cell.dataset.cell)];
     const gate = gateOf(layer, head);
     cell.style.background = gateColor(gate);
@@ -101,47 +85,44 @@ export function drawHeatmap() {
     // arrow keys move between cells
     cell.tabIndex = layer === state.layer && head === state.head ? 0 : -1;
   }
-  const turned = layers.flatMap((layer) => allHeads().filter((head) => gateOf(layer, head) < 0.5));
-  const plain = depth() - layers.length;
-  find(".heatmap-summary").textContent = layers.length === 0
+  const gates = gatedLayers().flatMap((layer) => allHeads().map((head) => gateOf(layer, head)));
+  const first = gatedLayers().length + 1;
+  find(".heatmap-summary").textContent = gates.length === 0
     ? "This model is a plain ViT: no head has a gate or a position map, only content maps."
-    : `${turned.length} of ${layers.length * numHeads()} gates are below 0.5.`
-      + (plain ? ` Layers ${layers.length + 1} to ${depth()} have no gates.` : "");
+    : `${gates.filter((gate) => gate < 0.5).length} of ${gates.length} gates are below 0.5.`
+      + (first > depth() ? "" : ` Layers ${first} to ${depth()} have no gates.`);
 }
 
 // Highlight the hovered head, or else the selected one, in the cards, the curves, and the heatmap.
 export function drawSelection(hovered = null) {
   const highlighted = hovered ?? state.head;
   cards.forEach(({ card }, head) => {
-    card.classList.toggle("selected", head === state.head);
-    card.classList.toggle("hovered", head === hovered);
-    card.querySelector(".select-head").setAttribute("aria-pressed", head === state.head);
+    card.classList.toggle("selected", head === state.head || head === hovered);
   });
+  press(".select-head", ({ select }) => Number(select) === state.head);
   for (const curve of findAll("[data-curve]")) {
     curve.classList.toggle("selected", Number(curve.dataset.curve) === highlighted);
   }
-  for (const cell of findAll(".gate-heatmap .cell")) {
+  for (const cell of findAll(".cell")) {
     const isLayer = Number(cell.dataset.layer) === state.layer;
     cell.classList.toggle("selected", isLayer && Number(cell.dataset.cell) === highlighted);
   }
 }
 
-// One card per head, laid out like the taps of the kernel: head h in row h % rows, column floor(h
-// / rows).
-export function resizeCards() {
+// One card per head, laid out like the taps of the kernel: head h in row h % rows, column
+// floor(h / rows); and a row of cells per layer, for its gates.
+export function buildHeads() {
   const [rows, columns] = state.model.grid;
   const [kernelRows, kernelColumns] = state.model.kernel;
   const container = find(".heads");
-  container.style.setProperty("--patch-width", `${100 / columns}%`);
-  container.style.setProperty("--patch-height", `${100 / rows}%`);
-  container.style.gridTemplateColumns = `repeat(${kernelColumns}, minmax(0, 1fr))`;
+  container.style.cssText = `--patch-width: ${100 / columns}%; --patch-height: ${100 / rows}%;
+    grid-template-columns: repeat(${kernelColumns}, minmax(0, 1fr))`;
   container.innerHTML = allHeads().map((tap) => {
     const head = Math.floor(tap / kernelColumns) + (tap % kernelColumns) * kernelRows;
     return `<div class="head" data-head="${head}">
-      <div class="head-line"><button type="button" class="select-head" aria-pressed="false"
+      <div class="head-line"><button type="button" class="select-head" data-select="${head}"
         aria-label="select head ${head + 1}">head ${head + 1}</button>
-        <span class="arrow" role="img"></span>
-        <span class="maximum">max <span>0</span></span></div>
+        <span class="arrow" role="img"></span> <span class="maximum">max <span>0</span></span></div>
       <div class="map"><canvas width="${columns}" height="${rows}"></canvas><i></i></div>
       <label class="gate"><input type="range" min="0" max="1" step="0.01"
         aria-label="gate of head ${head + 1}"><output></output></label>
@@ -152,9 +133,15 @@ export function resizeCards() {
     const node = (selector) => card.querySelector(selector);
     return {
       card, canvas: node("canvas"), frame: node("i"), arrow: node(".arrow"),
-      maximum: node(".maximum span").firstChild, slider: node("input"), output: node("output"),
-      distance: node(".distance"),
+      maximum: node(".maximum span").firstChild, gateLine: node(".gate"), slider: node("input"),
+      output: node("output"), distance: node(".distance"),
     };
   });
-}
 
+  const row = (label, cell) => `<span>${label}</span>${allHeads().map(cell).join("")}`;
+  const heatmap = find(".gate-heatmap");
+  heatmap.style.gridTemplateColumns = `auto repeat(${numHeads()}, minmax(0, 1fr))`;
+  heatmap.innerHTML = row("head", (head) => `<span class="head-number">${head + 1}</span>`)
+    + gatedLayers().map((layer) => row(`layer ${layer + 1}`, (head) => `<button type="button"
+      class="cell" data-layer="${layer}" data-cell="${head}"></button>`)).join("");
+}

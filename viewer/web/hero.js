@@ -1,7 +1,7 @@
 // The large image: where the query patch looks, by one head, as lines and an overlay.
 
-import { currentExample, find, KINDS, numPatches, shownKind, state } from "./state.js";
 import { massThreshold, scaleOf } from "./maps.js";
+import { currentExample, find, KINDS, numPatches, placeOf, shownKind, state } from "./state.js";
 
 // brighter than in page.css: on images
 export const POSITION = [255, 140, 26], CONTENT = [74, 144, 255];
@@ -21,18 +21,26 @@ export function hueOf(maps, kind, key) {
 export const option = (name) => Number(find(`.${name}`).value);
 
 let animation = 0; // id of the one in progress
+let drawn = {}; // the maps on display, and what they belong to
 
-// Draw the hero, moving from other maps of the same image if there are any.
-export function drawHero(maps, from = null) {
+// Draw the maps of the selected head; other maps of the same head and patch move to them.
+export function drawHero(maps) {
   const id = ++animation;
-  if (!from || matchMedia("(prefers-reduced-motion: reduce)").matches) return paint(maps);
+  const { image, layer, head, query } = state;
+  const from = drawn.maps;
+  const isSame = drawn.image === image && drawn.layer === layer && drawn.head === head
+    && drawn.query === query;
+  drawn = { image, layer, head, query, maps };
+  if (!isSame || matchMedia("(prefers-reduced-motion: reduce)").matches) return paint(maps);
   const start = performance.now();
-  const blend = (a, b, t) => a.map((value, key) => value + (b[key] - value) * t);
   const frame = () => {
     if (id !== animation) return; // superseded
     const t = Math.min(1, (performance.now() - start) / ANIMATION_MS);
-    const between = { gate: from.gate + (maps.gate - from.gate) * t };
-    for (const kind of KINDS) between[kind] = blend(from[kind], maps[kind], t);
+    const blend = (a, b) => a + (b - a) * t;
+    const between = { gate: blend(from.gate, maps.gate) };
+    for (const kind of KINDS) {
+      between[kind] = from[kind].map((value, key) => blend(value, maps[kind][key]));
+    }
     paint(between);
     if (t < 1) requestAnimationFrame(frame);
   };
@@ -43,19 +51,17 @@ function paint(maps) {
   const canvas = find(".image");
   const context = canvas.getContext("2d");
   const [rows, columns] = state.model.grid;
-  const bitmap = state.bitmaps[find(".show-input").checked ? "input" : "display"];
   const side = Math.floor(SIZE / Math.max(rows, columns)) || 1;
-  if (canvas.width !== columns * side || canvas.height !== rows * side) {
-    [canvas.width, canvas.height] = [columns * side, rows * side];
-  }
-  const scaled = rescale(bitmap, canvas.width, canvas.height);
-  const place = (key) => [(key % columns) * side, Math.floor(key / columns) * side];
+  const [width, height] = [columns * side, rows * side];
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  const scaled = rescale(state.bitmaps[find(".show-input").checked ? "input" : "display"], canvas);
+  const cornerOf = (key) => placeOf(key).map((index) => index * side);
   const opacity = option("opacity");
   context.globalAlpha = 1;
   context.drawImage(scaled, 0, 0);
   context.globalAlpha = opacity;
   context.fillStyle = "rgb(12, 14, 24)"; // a veil, lifted where the patch looks
-  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.fillRect(0, 0, width, height);
 
   const kind = shownKind();
   const map = maps[kind];
@@ -64,25 +70,39 @@ function paint(maps) {
   const keys = [...map.keys()].filter((key) => map[key] >= threshold);
   for (const key of keys) {
     const strength = Math.sqrt(Math.min(1, map[key] / maximum));
-    const [x, y] = place(key);
+    const patch = [...cornerOf(key), side, side];
     context.globalAlpha = strength;
-    context.drawImage(scaled, x, y, side, side, x, y, side, side);
+    context.drawImage(scaled, ...patch, ...patch);
     context.globalAlpha = opacity * strength * 0.8;
     context.fillStyle = `rgb(${hueOf(maps, kind, key)})`;
-    context.fillRect(x, y, side, side);
+    context.fillRect(...patch);
   }
   context.globalAlpha = 1;
-  drawTarget(context, place, side);
+  const { target } = currentExample(); // a square of patches
+  if (target.length) {
+    const [[left, top], [right, bottom]] = [cornerOf(target[0]), cornerOf(target.at(-1))];
+    context.setLineDash([side / 6, side / 8]);
+    strokeRect(context, [left, top, right - left + side, bottom - top + side], "white", side / 24);
+    context.setLineDash([]);
+  }
   keys.sort((a, b) => map[a] - map[b]);
   for (const key of keys.filter((key) => map[key] > 1.25 / numPatches())) {
-    drawLine(context, place(state.query), place(key), side, map[key], hueOf(maps, kind, key));
+    const color = `rgb(${hueOf(maps, kind, key)})`;
+    drawLine(context, cornerOf(state.query), cornerOf(key), side, map[key], color);
   }
-  drawQueryFrame(context, place(state.query), side);
+  const frame = [...cornerOf(state.query), side, side];
+  strokeRect(context, frame, "black", side / 8);
+  strokeRect(context, frame, "white", side / 18);
+}
+
+export function strokeRect(context, box, strokeStyle, lineWidth) {
+  Object.assign(context, { strokeStyle, lineWidth });
+  context.strokeRect(...box);
 }
 
 // The image at the size of the canvas; scaling it once saves time at every mouse move.
 let cache = {};
-function rescale(bitmap, width, height) {
+function rescale(bitmap, { width, height }) {
   if (cache.bitmap === bitmap && cache.canvas.width === width) return cache.canvas;
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d");
@@ -94,51 +114,25 @@ function rescale(bitmap, width, height) {
 
 // A line with a dark edge from the query patch, as wide as the weight; a ring for a patch that
 // looks at itself.
-function drawLine(context, [fromX, fromY], [toX, toY], side, weight, hue) {
+function drawLine(context, from, to, side, weight, color) {
+  const center = (corner) => corner.map((coordinate) => coordinate + side / 2);
+  const isRing = String(from) === String(to);
   const width = Math.max(LINE_WIDTH * weight, 1);
-  const half = side / 2;
-  for (const [color, extra] of [["rgba(0, 0, 0, 0.55)", 4], [`rgb(${hue})`, 0]]) {
-    context.strokeStyle = context.fillStyle = color;
-    context.lineWidth = width + extra;
-    context.lineCap = "round";
+  context.lineCap = "round";
+  for (const [style, edge] of [["rgba(0, 0, 0, 0.55)", 2], [color, 0]]) {
+    context.strokeStyle = context.fillStyle = style;
+    context.lineWidth = width + 2 * edge;
     context.beginPath();
-    if (fromX === toX && fromY === toY) {
-      context.arc(fromX + half, fromY + half, side * 0.28, 0, 7);
-    } else {
-      context.moveTo(fromX + half, fromY + half);
-      context.lineTo(toX + half, toY + half);
+    if (isRing) {
+      context.arc(...center(to), side * 0.28, 0, 7);
+      context.stroke();
+      continue;
     }
+    context.moveTo(...center(from));
+    context.lineTo(...center(to));
     context.stroke();
     context.beginPath();
-    context.arc(toX + half, toY + half, width / 2 + 3 + extra / 2, 0, 7);
-    if (fromX !== toX || fromY !== toY) context.fill();
+    context.arc(...center(to), width / 2 + 3 + edge, 0, 7);
+    context.fill();
   }
-}
-
-function drawQueryFrame(context, [x, y], side) {
-  for (const [color, lineWidth] of [["black", side / 8], ["white", side / 18]]) {
-    Object.assign(context, { strokeStyle: color, lineWidth });
-    context.strokeRect(x, y, side, side);
-  }
-}
-
-// A dashed outline around the patches that the query patch has to find, if the example has any.
-function drawTarget(context, place, side) {
-  const { target } = currentExample();
-  context.setLineDash([side / 6, side / 8]);
-  Object.assign(context, { strokeStyle: "white", lineWidth: side / 24 });
-  context.beginPath();
-  for (const key of target) {
-    const [x, y] = place(key);
-    const columns = state.model.grid[1];
-    const edges = [[-1, 0, 0, 0, 1], [1, 1, 0, 1, 1], [-columns, 0, 0, 1, 0],
-      [columns, 0, 1, 1, 1]];
-    for (const [step, x0, y0, x1, y1] of edges) {
-      if (target.includes(key + step)) continue;
-      context.moveTo(x + x0 * side, y + y0 * side);
-      context.lineTo(x + x1 * side, y + y1 * side);
-    }
-  }
-  context.stroke();
-  context.setLineDash([]);
 }

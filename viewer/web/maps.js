@@ -28,16 +28,12 @@ export function positionMap([slopeX, slopeY, curvature], query, [rows, columns])
     (_, key) => down[Math.floor(key / columns)] * across[key % columns]);
 }
 
-// Content map of a head for one query patch, from the bytes 255 C / peak of all heads, queries and
-// keys.
+// Content map of a head for one query patch, from the bytes 255 C / peak of all heads and patches.
 export function contentMap(bytes, peak, head, query, numPatches) {
   const start = (head * numPatches + query) * numPatches;
   return Float64Array.from(bytes.subarray(start, start + numPatches),
     (value) => (value / 255) * peak);
 }
-
-export const mixMaps = (position, content, gate) =>
-  content.map((value, key) => (1 - gate) * value + gate * position[key]);
 
 // The smallest of the largest values that together hold this fraction of a map.
 export function massThreshold(map, fraction) {

@@ -1,8 +1,9 @@
 // The state of the page, and what derives from it. All other modules read it; view.js changes it.
 
-import { axisAttention, contentMap, mixMaps, positionMap } from "./maps.js";
+import { axisAttention, contentMap, positionMap } from "./maps.js";
 
 export const KINDS = ["mixed", "position", "content"];
+export const SESSION = sessionId(); // also the key of the model that this session trains
 
 export const state = {
   element: null, // the page's root
@@ -24,36 +25,36 @@ export const state = {
 
 export const find = (selector) => state.element.querySelector(selector);
 export const findAll = (selector) => [...state.element.querySelectorAll(selector)];
+export const on = (selector, type, handler) => find(selector).addEventListener(type, handler);
 export const numHeads = () => state.model.kernel[0] * state.model.kernel[1];
 export const numPatches = () => state.model.grid[0] * state.model.grid[1];
-export const allHeads = () => Array.from({ length: numHeads() }, (_, head) => head);
+export const allHeads = () => [...Array(numHeads()).keys()];
 export const depth = () => state.model.gate[0].length;
 export const hasGates = (layer = state.layer) => state.model.gate[0][layer] !== null;
-export const gatedLayers = () => state.model.gate[0]
-  .flatMap((gates, layer) => (gates ? [layer] : []));
+export const gatedLayers = () => [...Array(depth()).keys()].filter(hasGates);
 export const lastSnapshot = () => state.model.epochs.length - 1;
-export const isOwn = () => Boolean(state.models.find(({ key }) => key === state.key)?.session);
-export const isGrowing = () => (state.model.epochs.at(-1) ?? 0) < state.model.last_epoch
-  && !(isOwn() && state.stopped);
+export const isOwn = () => state.key === SESSION;
+export const isGrowing = () =>
+  (state.model.epochs.at(-1) ?? 0) < state.model.last_epoch && !(isOwn() && state.stopped);
 export const shownKind = () => (hasGates() ? state.kind : "content");
-export const currentExample = () =>
-  state.model.examples.find(({ name }) => name === state.example)
-    ?? { label: null, queries: [], target: [] };
+export const currentExample = () => state.model.examples.find(({ name }) => name === state.example)
+  ?? { label: null, queries: [], target: [] };
 
-export const centerPatch = () => {
-  const [rows, columns] = state.model.grid;
-  return Math.floor(rows / 2) * columns + Math.floor(columns / 2);
-};
+// Column and row of a patch, and the reverse.
+export const placeOf = (patch) =>
+  [patch % state.model.grid[1], Math.floor(patch / state.model.grid[1])];
+export const patchAt = (column, row) => row * state.model.grid[1] + column;
+export const centerPatch = () => patchAt(
+  Math.floor(state.model.grid[1] / 2), Math.floor(state.model.grid[0] / 2));
 
+// The gate that the user has set; undefined where it is the trained one.
+export const changedGate = (layer, head) => state.gates.get(`${layer},${head}`);
 // The user's gate where they have changed it, else the trained one; 0 in layers without gates.
-export function gateOf(layer, head, snapshot = state.snapshot) {
-  const trained = state.model.gate[snapshot][layer];
-  return trained ? state.gates.get(`${layer},${head}`) ?? trained[head] : 0;
-}
-
+export const gateOf = (layer, head, snapshot = state.snapshot) =>
+  changedGate(layer, head) ?? state.model.gate[snapshot][layer]?.[head] ?? 0;
 // The changed gates of all layers; null where trained.
 export const changedGates = () => state.model.gate[0].map((gates, layer) =>
-  gates && gates.map((_, head) => state.gates.get(`${layer},${head}`) ?? null));
+  gates && gates.map((_, head) => changedGate(layer, head) ?? null));
 
 function partsOf(head, snapshot) {
   const { content, peaks } = (snapshot === state.snapshot && state.recomputed)
@@ -67,35 +68,34 @@ export function headMaps(head, query, snapshot = state.snapshot) {
   const { bytes, peak, gate, vPos } = partsOf(head, snapshot);
   const content = contentMap(bytes, peak, head, query, numPatches());
   const position = vPos ? positionMap(vPos, query, state.model.grid) : content.map(() => 0);
-  return { gate, position, content, mixed: mixMaps(position, content, gate) };
+  const mixed = content.map((value, key) => (1 - gate) * value + gate * position[key]);
+  return { gate, position, content, mixed };
+}
+
+// Attention of the selected head from a patch to the target of the example.
+export function attentionToTarget(query, snapshot) {
+  const { mixed } = headMaps(state.head, query, snapshot);
+  return currentExample().target.reduce((sum, key) => sum + mixed[key], 0);
 }
 
 // Mean attention distance of a head in patches, over all query patches (Eq. 8 of the paper).
-let distances = { of: [], values: new Map() }; // of these maps and gates
+// Without headMaps, since it is drawn at every change of a gate.
 export function meanDistance(head, snapshot = state.snapshot) {
-  const of = [state.maps, state.recomputed, state.gates];
-  if (of.some((part, index) => part !== distances.of[index])) distances = { of, values: new Map() };
-  const key = `${snapshot},${head}`;
-  if (!distances.values.has(key)) distances.values.set(key, computeDistance(head, snapshot));
-  return distances.values.get(key);
-}
-
-function computeDistance(head, snapshot) {
-  const [rows, columns] = state.model.grid;
   const { bytes, peak, gate, vPos } = partsOf(head, snapshot);
-  const position = (slope, length) => Array.from({ length },
-    (_, query) => axisAttention(vPos?.[slope] ?? 0, vPos?.[2] ?? 0, query, length));
-  const [across, down] = [position(0, columns), position(1, rows)];
-  const scale = ((1 - gate) * peak) / 255;
-  const count = numPatches();
+  const [slopeX, slopeY, curvature] = vPos ?? [0, 0, 0];
+  const factors = (slope, length) =>
+    Array.from({ length }, (_, query) => axisAttention(slope, curvature, query, length));
+  const [rows, columns] = state.model.grid;
+  const [across, down] = [factors(slopeX, columns), factors(slopeY, rows)];
+  const count = rows * columns;
   let total = 0;
   for (let query = 0; query < count; query++) {
-    const [x, y] = [query % columns, Math.floor(query / columns)];
-    const start = (head * count + query) * count;
+    const [x, y] = placeOf(query);
     let [distance, mass] = [0, 0]; // quantized content maps do not sum to 1
     for (let key = 0; key < count; key++) {
       const [toX, toY] = [key % columns, Math.floor(key / columns)];
-      const weight = scale * bytes[start + key] + gate * across[x][toX] * down[y][toY];
+      const content = (peak * bytes[(head * count + query) * count + key]) / 255;
+      const weight = (1 - gate) * content + gate * across[x][toX] * down[y][toY];
       distance += weight * Math.sqrt((toX - x) ** 2 + (toY - y) ** 2);
       mass += weight;
     }
@@ -104,16 +104,23 @@ function computeDistance(head, snapshot) {
   return total / count;
 }
 
-// "head 7" or "heads 1, 7, and 9", from indices.
-export function listHeads(heads) {
-  const numbers = heads.map((head) => head + 1);
-  if (numbers.length < 2) return `head ${numbers[0]}`;
-  if (numbers.length === 2) return `heads ${numbers[0]} and ${numbers[1]}`;
-  return `heads ${numbers.slice(0, -1).join(", ")}, and ${numbers[numbers.length - 1]}`;
+// Kept as long as the browser tab is open, so that a reload finds the model trained here.
+function sessionId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  let id = Array.from(bytes, (byte) => byte.toString(16)).join("");
+  try {
+    id = sessionStorage.getItem("session") ?? id;
+    sessionStorage.setItem("session", id);
+  } catch { /* storage is disabled */ }
+  return id;
 }
 
-export function escapeHtml(text) {
-  const span = document.createElement("span");
-  span.textContent = text;
-  return span.innerHTML.replaceAll('"', "&quot;");
+export const escapeHtml = (text) =>
+  String(text).replace(/[&<>"]/g, (character) => `&#${character.charCodeAt(0)};`);
+
+// Mark the buttons for which a condition on their data attributes holds as pressed.
+export function press(buttons, isPressed) {
+  for (const button of findAll(buttons)) {
+    button.setAttribute("aria-pressed", isPressed(button.dataset));
+  }
 }

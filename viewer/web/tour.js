@@ -1,25 +1,16 @@
-// A tour in four steps, which explains how to read the page. The browser remembers that it was
-// seen.
+// A tour in four steps, which explains the page. The browser remembers that it was seen.
 
-import { find, findAll } from "./state.js";
+import { find, findAll, on } from "./state.js";
 import { showTab } from "./view.js";
 
 const steps = () => findAll(".tour [data-step]");
 let current = 0;
 
-const remember = (seen) => {
-  try {
-    if (seen) localStorage.setItem("convit-tour", "seen");
-    return localStorage.getItem("convit-tour") === "seen";
-  } catch {
-    return true; // storage is disabled: do not open at every visit
-  }
-};
-
 function show(index, scroll = true) {
-  current = index;
   const all = steps();
-  for (const [position, step] of all.entries()) step.hidden = position !== index;
+  if (!all[index]) return;
+  current = index;
+  all.forEach((step, position) => { step.hidden = position !== index; });
   for (const node of findAll(".tour-target")) node.classList.remove("tour-target");
   const target = find(all[index].dataset.step);
   target.classList.add("tour-target");
@@ -36,25 +27,30 @@ function open() {
 }
 
 function close() {
-  remember(true);
+  try {
+    localStorage.setItem("convit-tour", "seen");
+  } catch { /* storage is disabled */ }
   find(".tour").hidden = true;
-  for (const node of findAll(".tour-target")) node.classList.remove("tour-target");
+  find(".tour-target").classList.remove("tour-target");
   find(".open-tour").focus({ preventScroll: true });
 }
 
 export function bindTour(isRequested) {
-  find(".open-tour").addEventListener("click", () => {
+  on(".open-tour", "click", () => {
     open();
     find(".tour-next").focus();
   });
-  find(".tour-next").addEventListener("click",
-    () => (current === steps().length - 1 ? close() : show(current + 1)));
-  find(".tour-back").addEventListener("click", () => show(current - 1));
-  find(".tour-skip").addEventListener("click", close);
-  find(".tour").addEventListener("keydown", (event) => {
-    if (event.key === "Escape") close();
-    if (event.key === "ArrowRight" && current < steps().length - 1) show(current + 1);
-    if (event.key === "ArrowLeft" && current > 0) show(current - 1);
+  on(".tour-next", "click", () => (current === steps().length - 1 ? close() : show(current + 1)));
+  on(".tour-back", "click", () => show(current - 1));
+  on(".tour-skip", "click", close);
+  on(".tour", "keydown", ({ key }) => {
+    if (key === "Escape") close();
+    if (key === "ArrowRight") show(current + 1);
+    if (key === "ArrowLeft") show(current - 1);
   });
-  if (isRequested || !remember(false)) open();
+  let isSeen = true; // storage may be disabled: do not open at every visit
+  try {
+    isSeen = localStorage.getItem("convit-tour") === "seen";
+  } catch { /* see above */ }
+  if (isRequested || !isSeen) open();
 }

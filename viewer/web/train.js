@@ -1,31 +1,16 @@
-// Training on the server, for one session at a time: polls the status, and shows new snapshots as
-// they appear.
+// Training on the server, for one session at a time. Polls the status, and shows new snapshots.
 
-import { find, lastSnapshot, state } from "./state.js";
+import { find, isOwn, lastSnapshot, SESSION, state } from "./state.js";
 import { draw, drawModels, navigate, setModel, showModel } from "./view.js";
-
-export const SESSION = sessionId();
 
 let pollTimer = null;
 // last epoch shown of the session's run; after the first one, the user may select another model
 let shownEpoch = -1;
 
-// Kept as long as the browser tab is open, so that a reload finds the model trained here.
-function sessionId() {
-  const letter = () => "abcdefghijklmnopqrstuvwxyz"[Math.floor(26 * Math.random())];
-  let id = Array.from({ length: 24 }, letter).join("");
-  try {
-    id = sessionStorage.getItem("session") ?? id;
-    sessionStorage.setItem("session", id);
-  } catch { /* storage is disabled */ }
-  return id;
-}
-
-const isListed = () => state.models.some(({ key }) => key === SESSION);
-
+// Offer the session's model for selection, or stop to.
 function listModel(listed) {
-  state.models = state.models.filter(({ key }) => key !== SESSION);
-  if (listed) state.models.push({ key: SESSION, name: "Your tiny model", session: true });
+  const others = state.models.filter(({ key }) => key !== SESSION);
+  state.models = listed ? [...others, { key: SESSION, name: "Your tiny model" }] : others;
   drawModels();
 }
 
@@ -37,23 +22,19 @@ export async function train(action) {
   const busy = phase === "waiting" || phase === "training";
   showStatus(status, busy);
   state.stopped = phase === "done";
-  if (epoch >= 0 && !isListed()) listModel(true);
-  if (busy && epoch >= 0 && (state.key !== SESSION ? shownEpoch < 0 : epoch > shownEpoch)) {
+  if (epoch >= 0 && !state.models.some(({ key }) => key === SESSION)) listModel(true);
+  if (epoch > shownEpoch && (isOwn() || (busy && shownEpoch < 0))) {
     const previous = shownEpoch;
     shownEpoch = epoch;
-    const shown = state.key === SESSION ? await loadNewSnapshots() : await showModel(SESSION);
+    const shown = isOwn() ? await loadNewSnapshots() : await showModel(SESSION);
     if (!shown) shownEpoch = previous; // retried in a second
   }
-  if (phase === "done" && state.key === SESSION) {
-    if (epoch > shownEpoch && (await loadNewSnapshots())) shownEpoch = epoch;
-    draw();
-  }
+  if (phase === "done" && isOwn()) draw();
   clearTimeout(pollTimer);
   if (busy) pollTimer = setTimeout(() => train("status"), 1000);
 }
 
 function showStatus({ state: phase, position, epoch, epochs, seconds_left: secondsLeft }, busy) {
-  const onDisplay = state.key === SESSION;
   const remaining = secondsLeft === null ? "" : `, about ${secondsLeft} s left`;
   find(".train").hidden = busy;
   find(".train-stop").hidden = !busy;
@@ -68,15 +49,15 @@ function showStatus({ state: phase, position, epoch, epochs, seconds_left: secon
       + (position === 1 ? "yours is next." : `${position} are ahead of you in the queue.`),
     training: epoch < 0 ? "Starting…"
       : `Epoch ${epoch} of ${epochs} is done${remaining}.`
-        + (onDisplay ? " Its gates are shown live." : ""),
-    done: (epoch < epochs ? "Stopped. " : "Done. ") + (onDisplay
+        + (isOwn() ? " Its gates are shown live." : ""),
+    done: (epoch < epochs ? "Stopped. " : "Done. ") + (isOwn()
       ? "Use the slider above to go through its training." : "Select “Your tiny model” above."),
     failed: "Training failed before its first epoch; please try again.",
   }[phase];
 }
 
 export async function startTraining() {
-  if (state.key === SESSION) await showModel(""); // the new run replaces the session's earlier one
+  if (isOwn()) await showModel(""); // the new run replaces the session's earlier one
   listModel(false);
   shownEpoch = -1;
   train("start");
@@ -93,7 +74,7 @@ export async function loadNewSnapshots() {
     && answer.curves?.epochs.length === before.curves?.epochs.length) return true;
   const atEnd = state.snapshot === lastSnapshot();
   if (answer.epochs.length > before.epochs.length) {
-    await navigate({ reload: true });
+    await navigate({}, true);
     if (key !== state.key || !state.maps
       || state.maps.content.length < answer.epochs.length) return false;
   }

@@ -1,11 +1,10 @@
 // The hash of the URL contains the view, so that it can be shared and reloaded.
 
-import { allHeads, depth, gatedLayers, isOwn, KINDS, numHeads, state } from "./state.js";
+import { allHeads, changedGate, depth, gatedLayers, isOwn, KINDS, numHeads, patchAt, placeOf,
+  state } from "./state.js";
 
 // stands for the key of the session's own model, which is private
 export const TRAINED = "trained-here";
-
-let timer = null;
 
 export const urlOf = (hash) => new URLSearchParams(hash.slice(1));
 
@@ -13,19 +12,16 @@ export const urlOf = (hash) => new URLSearchParams(hash.slice(1));
 export function parseUrl(hash) {
   const url = urlOf(hash);
   const { grid: [rows, columns], epochs, examples } = state.model;
+  const isIndex = (index, count) => Number.isInteger(index) && index >= 0 && index < count;
   const view = {};
-  const number = (name, count, find) => {
-    const index = url.has(name) ? find(Number(url.get(name))) : -1;
-    if (index >= 0 && index < count) view[name === "epoch" ? "snapshot" : name] = index;
-  };
-  number("layer", depth(), (layer) => layer - 1);
-  number("head", numHeads(), (head) => head - 1);
-  number("epoch", epochs.length, (epoch) => epochs.indexOf(epoch));
-  for (const name of ["layer", "head"]) if (!Number.isInteger(view[name])) delete view[name];
-  const [row, column] = (url.get("patch") ?? "").split(",").map(Number);
-  if (row >= 1 && row <= rows && column >= 1 && column <= columns) {
-    view.query = (Math.round(row) - 1) * columns + Math.round(column) - 1;
-    view.locked = url.has("locked");
+  for (const [name, index, count] of [
+    ["layer", url.get("layer") - 1, depth()],
+    ["head", url.get("head") - 1, numHeads()],
+    ["snapshot", epochs.indexOf(Number(url.get("epoch"))), epochs.length],
+  ]) if (isIndex(index, count)) view[name] = index;
+  const [row, column] = (url.get("patch") ?? "").split(",").map((number) => number - 1);
+  if (isIndex(row, rows) && isIndex(column, columns)) {
+    Object.assign(view, { query: patchAt(column, row), locked: url.has("locked") });
   }
   if (KINDS.includes(url.get("map"))) view.kind = url.get("map");
   if (examples.some(({ name }) => name === url.get("image"))) view.example = url.get("image");
@@ -46,30 +42,28 @@ function parseGates(text) {
 
 function formatGates() {
   return gatedLayers().flatMap((layer) => {
-    const values = allHeads().map((head) => state.gates.get(`${layer},${head}`));
-    if (values.every((value) => value !== undefined
-      && value === values[0])) return `${layer + 1}:${values[0]}`;
-    return values.flatMap((value, head) =>
-      (value === undefined ? [] : `${layer + 1}.${head + 1}:${value}`));
+    const [first, ...others] = allHeads().map((head) => changedGate(layer, head));
+    const isCommon = first !== undefined && others.every((gate) => gate === first);
+    return isCommon ? `${layer + 1}:${first}` : [first, ...others].flatMap((gate, head) =>
+      (gate === undefined ? [] : `${layer + 1}.${head + 1}:${gate}`));
   }).join(";");
 }
+
+let timer = null;
 
 export function writeUrl() {
   clearTimeout(timer); // browsers limit how often a page may change its URL
   timer = setTimeout(() => {
     if (!state.model) return;
-    const { columns = state.model.grid[1], query } = state;
-    const url = new URLSearchParams({ model: isOwn() ? TRAINED : state.key, tab: state.tab });
-    url.set("layer", state.layer + 1);
-    url.set("head", state.head + 1);
-    if (state.model.epochs[state.snapshot] !== null) url.set("epoch",
-      state.model.epochs[state.snapshot]);
-    url.set("patch", `${Math.floor(query / columns) + 1},${(query % columns) + 1}`);
-    if (state.kind !== "mixed") url.set("map", state.kind);
-    if (state.locked) url.set("locked", "yes");
-    if (state.example) url.set("image", state.example);
-    if (state.gates.size) url.set("gates", formatGates());
-    history.replaceState(null, "",
-      `#${url}`.replace(/%2C/g, ",").replace(/%3A/g, ":").replace(/%3B/g, ";"));
+    const [column, row] = placeOf(state.query);
+    const parts = {
+      model: isOwn() ? TRAINED : state.key, tab: state.tab,
+      layer: state.layer + 1, head: state.head + 1, epoch: state.model.epochs[state.snapshot],
+      patch: `${row + 1},${column + 1}`, map: state.kind, locked: state.locked ? "yes" : null,
+      image: state.example, gates: state.gates.size ? formatGates() : null,
+    };
+    const known = Object.entries(parts).filter(([, value]) => value !== null);
+    const url = new URLSearchParams(known).toString();
+    history.replaceState(null, "", `#${url.replace(/%2C|%3A|%3B/g, decodeURIComponent)}`);
   }, 300);
 }

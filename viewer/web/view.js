@@ -1,74 +1,67 @@
 // Changes of the view: which model, image, layer, head, snapshot, query patch, and gates.
 
 import { drawCurves } from "./curves.js";
-import { drawHeads, drawHeatmap, drawMaps, drawSelection, resizeCards } from "./heads.js";
+import { buildHeads, drawHeads, drawHeatmap, drawMaps, drawSelection } from "./heads.js";
 import { drawHero } from "./hero.js";
 import { drawKernel } from "./kernel.js";
 import { decodeBase64 } from "./maps.js";
-import { allHeads, centerPatch, changedGates, depth, currentExample, escapeHtml, find, findAll,
-  gatedLayers, hasGates,
-  headMaps, lastSnapshot, numHeads, numPatches, shownKind, state } from "./state.js";
+import { allHeads, attentionToTarget, centerPatch, changedGates, currentExample, escapeHtml, find,
+  findAll, gatedLayers, hasGates, headMaps, lastSnapshot, press, SESSION, shownKind,
+  state } from "./state.js";
 import { drawCaption, drawPrediction, drawStory } from "./story.js";
 import { parseUrl, writeUrl } from "./url.js";
 
-const MAX_BYTES = 10 * 2 ** 20; // of an image file; the server checks this too
+const MAX_MB = 20; // of an image file; the server checks this too
+const TELLING = -1; // as query patch: the one that tellingPatch finds once the maps are here
 
 // --- requests: the latest one wins
-// ----------------------------------------------------------------
 
 const latest = { view: 0, image: 0, model: 0 };
 let pending = {}; // changes requested meanwhile are merged
 
 // Change parts of the view, once the maps that it needs have arrived; at once if they are here.
-export async function navigate(changes) {
+export async function navigate(changes, reload = false) {
   const id = ++latest.view;
   Object.assign(pending, changes);
-  const next = { ...state, ...pending };
-  if (!next.image) return; // the first image applies the pending changes
-  let { maps, recomputed } = next;
-  const { key } = state;
-  if (!maps || next.image !== state.image || next.layer !== state.layer || pending.reload) {
-    maps = await state.source.layerMaps(key, next.image, next.layer);
+  const { image, layer, ...next } = { ...state, ...pending };
+  if (!image) return; // the first image applies the pending changes
+  const { key, gates } = state;
+  let { maps, recomputed } = state;
+  if (!maps || image !== state.image || layer !== state.layer || reload) {
+    maps = await state.source.layerMaps(key, image, layer);
     if (maps) maps.content = maps.content.map(decodeBase64);
   }
   if (id !== latest.view) return; // superseded
-  const snapshot = Math.min(next.snapshot, maps ? maps.content.length - 1 : 0);
-  const isSame = maps === state.maps && snapshot === state.snapshot && next.gates === state.gates;
-  if (maps && next.gates.size && !(isSame && recomputed)) {
-    const gates = changedGates();
-    recomputed = await state.source.recompute(key, next.image, next.layer, snapshot, gates);
+  if (!maps) {
+    pending = {};
+    find(".layer").value = state.layer;
+    return;
+  }
+  const snapshot = Math.min(next.snapshot, maps.content.length - 1);
+  if (gates.size && !(maps === state.maps && snapshot === state.snapshot && recomputed)) {
+    recomputed = await state.source.recompute(key, image, layer, snapshot, changedGates());
     if (recomputed) recomputed.content = decodeBase64(recomputed.content);
   }
   if (id !== latest.view) return;
-  const applied = pending;
+  Object.assign(state, pending, { maps, snapshot, recomputed });
   pending = {};
-  delete applied.reload;
-  find(".layer").value = maps ? next.layer : state.layer;
-  if (!maps) return;
-  Object.assign(state, applied,
-    { maps, snapshot, recomputed: next.gates.size ? recomputed : null });
-  if (applied.query === TELLING) state.query = tellingPatch();
+  if (state.query === TELLING) state.query = tellingPatch();
   draw();
 }
 
 // Of the example's patches of interest, the one from which the head finds the target best after
 // training.
-const TELLING = -1;
 function tellingPatch() {
-  const { queries, target } = currentExample();
-  if (!queries.length) return centerPatch();
-  const found = queries.map((query) => {
-    const { mixed } = headMaps(state.head, query, lastSnapshot());
-    return target.reduce((sum, key) => sum + mixed[key], 0);
-  });
-  return queries[found.indexOf(Math.max(...found))];
+  const { queries } = currentExample();
+  const found = queries.map((query) => attentionToTarget(query, lastSnapshot()));
+  return queries[found.indexOf(Math.max(...found))] ?? centerPatch();
 }
 
 // Show an example by name, or an image file, with changes to the view.
 export async function showImage(name, file = null, changes = {}) {
   const id = ++latest.image;
-  if (file?.size > MAX_BYTES) {
-    return showError("This file is larger than 10 MB; please choose a smaller image.");
+  if (file?.size > MAX_MB * 2 ** 20) {
+    return showError(`This file is larger than ${MAX_MB} MB; please choose a smaller image.`);
   }
   const request = file ? { file: await encodeBase64(file) } : { example: name };
   const image = await state.source.prepareImage(state.key, request);
@@ -76,25 +69,23 @@ export async function showImage(name, file = null, changes = {}) {
   await showPrepared(image, { example: file ? null : name, ...changes }, id);
 }
 
+export const showUpload = () => showPrepared(state.upload, { example: null });
+
 async function showPrepared(image, changes, id = ++latest.image) {
   const bitmaps = {};
   for (const kind of ["display", "input"]) {
-    bitmaps[kind] = new Image();
-    bitmaps[kind].src = image[kind];
+    bitmaps[kind] = Object.assign(new Image(), { src: image[kind] });
     await bitmaps[kind].decode();
   }
   if (id !== latest.image) return;
-  if (!changes.example && state.upload !== image) {
+  if (changes.example === null && state.upload !== image) {
     state.upload = image;
     drawExamples();
   }
-  const isTelling = state.model.examples.find(({ name }) =>
-    name === changes.example)?.queries.length;
-  if (!("query" in changes) && isTelling && !state.locked) changes.query = TELLING;
-  await navigate({ ...changes, image, bitmaps });
+  const example = state.model.examples.find(({ name }) => name === changes.example);
+  const query = example?.queries.length && !state.locked ? { query: TELLING } : {};
+  await navigate({ ...query, ...changes, image, bitmaps });
 }
-
-export const showUpload = () => showPrepared(state.upload, { example: null });
 
 async function encodeBase64(file) {
   const reader = new FileReader();
@@ -109,17 +100,15 @@ export async function showModel(key, hash = null) {
   const id = ++latest.model;
   const description = await state.source.describe(key);
   if (id !== latest.model || !description) return false;
-  if (state.model) {
-    const { layer, head, snapshot, query, locked, example, gates } = state;
-    left.set(state.key, { layer, head, snapshot, query, locked, example, gates });
-  }
+  const { layer, head, snapshot, query, locked, example, gates } = state;
+  left.set(state.key, { layer, head, snapshot, query, locked, example, gates });
   latest.view++; // pending requests and the maps belong to the previous model
   latest.image++;
   pending = {};
-  Object.assign(state,
-    { key: description.key, maps: null, recomputed: null, image: null, upload: null });
+  const none = { maps: null, recomputed: null, image: null, upload: null };
+  Object.assign(state, none, { key: description.key });
   setModel(description);
-  Object.assign(state, hash === null ? left.get(state.key) ?? openingView() : openingView(hash));
+  Object.assign(state, (hash === null && left.get(state.key)) || openingView(hash ?? ""));
   state.snapshot = Math.min(state.snapshot, lastSnapshot());
   buildForModel();
   showTab(state.tab);
@@ -127,25 +116,20 @@ export async function showModel(key, hash = null) {
   return true;
 }
 
-function openingView(hash = "") {
-  const { opening } = state.model;
-  const view = { ...opening, query: TELLING, snapshot: 0, locked: false, gates: new Map() };
-  return { ...view, example: opening.image, image: null, ...parseUrl(hash) };
+function openingView(hash) {
+  const { image: example, layer, head } = state.model.opening;
+  const view = { example, layer, head, snapshot: 0, query: TELLING, locked: false };
+  return { ...view, gates: new Map(), ...parseUrl(hash) };
 }
 
 // Use the description of a model: another one, or the same one with new snapshots.
 export function setModel(description) {
   state.model = description;
-  state.models = [...description.models, ...state.models.filter(({ session }) => session)];
-  for (const kind of ["layer", "head"]) {
-    state[kind] = Math.min(state[kind], (kind === "layer" ? depth() : numHeads()) - 1);
-  }
-  if (state.query >= numPatches()) state.query = centerPatch();
+  const { models, epochs, last_epoch: lastEpoch } = description;
+  state.models = [...models, ...state.models.filter(({ key }) => key === SESSION)];
   find(".snapshot").max = lastSnapshot();
-  const untimed = description.epochs.length === 1
-    && description.last_epoch <= (description.epochs[0] ?? 0);
-  for (const selector of [".time", ".save-gif"]) find(selector).classList.toggle("unavailable",
-    untimed);
+  const isUntimed = epochs.length === 1 && lastEpoch <= (epochs[0] ?? 0);
+  for (const selector of [".time", ".save-gif"]) find(selector).hidden = isUntimed;
 }
 
 export function showError(message) {
@@ -153,55 +137,45 @@ export function showError(message) {
 }
 
 // --- drawing
-// --------------------------------------------------------------------------------------
 
 function buildForModel() {
-  const { model } = state;
+  const { classes, gate, recipe } = state.model;
   drawModels();
   drawExamples();
-  find(".layer").innerHTML = model.gate[0]
-    .map((_, layer) => `<option value="${layer}">${layer + 1}</option>`).join("");
-  find(".classes").textContent = `Classes: ${model.classes.slice(0, 12).join(", ")}`
-    + (model.classes.length > 12 ? ` and ${model.classes.length - 12} more.` : ".");
-  find(".task").textContent = model.recipe.dataset === "patterns"
-    ? "The task: name the texture of the square whose color matches the plain square." : "";
-  const isPlain = gatedLayers().length === 0;
-  find(".viewer").classList.toggle("plain-vit", isPlain);
-  resizeCards();
+  find(".layer").innerHTML =
+    gate[0].map((_, layer) => `<option value="${layer}">${layer + 1}</option>`).join("");
+  find(".classes").textContent = `Classes: ${classes.slice(0, 12).join(", ")}`
+    + (classes.length > 12 ? ` and ${classes.length - 12} more.` : ".");
+  find(".task").hidden = recipe.dataset !== "patterns";
+  find(".kinds").hidden = gatedLayers().length === 0;
+  buildHeads();
 }
 
 export function drawModels() {
-  find(".models").innerHTML = state.models.map(({ key, name }) => `<button type="button"
-    data-model="${escapeHtml(key)}" aria-pressed="${key === state.key}"
-    >${escapeHtml(name)}</button>`).join("");
+  find(".models").innerHTML = state.models.map(({ key, name }) =>
+    `<button type="button" data-model="${escapeHtml(key)}">${escapeHtml(name)}</button>`).join("");
+  press(".models button", ({ model }) => model === state.key);
 }
 
-export function drawExamples() {
-  const images = state.model.examples.map(({ name, thumbnail, label }) => ({
-    name, thumbnail, title: label ? `its class: ${label}`
-      : `${name}: not one of the model’s classes`,
-  }));
-  if (state.upload) images.push({ name: "", thumbnail: state.upload.display, title: "your image" });
-  find(".examples").innerHTML = images.map(({ name, thumbnail, title }) => `<button type="button"
+function drawExamples() {
+  const images = state.model.examples.map(({ name, thumbnail, label }) => [name, thumbnail,
+    label ? `its class: ${label}` : `${name}: not one of the model’s classes`]);
+  if (state.upload) images.push(["", state.upload.display, "your image"]);
+  find(".examples").innerHTML = images.map(([name, source, title]) => `<button type="button"
     data-example="${escapeHtml(name)}" title="${escapeHtml(title)}"
-    ><img src="${thumbnail}" alt="${escapeHtml(title)}" width="48" height="48"></button>`).join("");
+    ><img src="${source}" alt="${escapeHtml(title)}" width="48" height="48"></button>`).join("");
 }
 
 export function draw() {
   if (!state.maps) return;
-  if (findAll(".examples button").length !== state.model.examples.length
-    + Boolean(state.upload)) drawExamples();
-  for (const button of findAll(".examples button")) {
-    button.setAttribute("aria-pressed", button.dataset.example === (state.example ?? ""));
-  }
+  press(".examples button", ({ example }) => example === (state.example ?? ""));
+  press(".kinds button", ({ kind }) => kind === shownKind());
   const epoch = state.model.epochs[state.snapshot];
   find(".epoch").textContent = epoch ?? "";
   find(".snapshot").value = state.snapshot;
   find(".snapshot").setAttribute("aria-valuetext", `epoch ${epoch}`);
   find(".step").disabled = state.snapshot === lastSnapshot();
   find(".layer").value = state.layer;
-  for (const button of findAll(".kinds button")) button.setAttribute("aria-pressed",
-    button.dataset.kind === shownKind());
   drawQuery();
   drawHeads();
   drawHeatmap();
@@ -219,13 +193,8 @@ export function drawQuery() {
   if (!state.maps) return;
   const maps = allHeads().map((head) => headMaps(head, state.query));
   drawMaps(maps);
-  const { image, layer, head, query } = state;
-  const isSame = drawn.image === image && drawn.layer === layer && drawn.head === head
-    && drawn.query === query;
-  drawHero(maps[head], isSame ? drawn.maps : null);
-  drawn = { image, layer, head, query, maps: maps[head] };
+  drawHero(maps[state.head]);
 }
-let drawn = {}; // on the large image
 
 export function moveQuery(query) {
   if (query === state.query || !state.maps) return;
@@ -246,18 +215,16 @@ export function setLocked(locked) {
 export function showTab(name) {
   state.tab = name;
   for (const tab of findAll("[role=tab]")) {
-    tab.setAttribute("aria-selected", tab.dataset.tab === name);
-    tab.tabIndex = tab.dataset.tab === name ? 0 : -1;
-    find(`#${tab.dataset.tab}`).hidden = tab.dataset.tab !== name;
+    const isShown = tab.dataset.tab === name;
+    tab.setAttribute("aria-selected", isShown);
+    tab.tabIndex = isShown ? 0 : -1;
+    find(`#${tab.dataset.tab}`).hidden = !isShown;
   }
-  for (const node of findAll("[data-for]")) {
-    node.classList.toggle("hidden", !node.dataset.for.split(" ").includes(name));
-  }
+  for (const node of findAll("[data-for]")) node.hidden = !node.dataset.for.includes(name);
   draw();
 }
 
 // --- training time
-// --------------------------------------------------------------------------------
 
 let playTimer = null;
 
@@ -265,6 +232,11 @@ export function stop() {
   clearInterval(playTimer);
   playTimer = null;
   find(".play").textContent = "▶ Play training";
+}
+
+export function showSnapshot(snapshot) {
+  stop();
+  navigate({ snapshot });
 }
 
 export function step() {
@@ -281,7 +253,6 @@ export function play() {
 }
 
 // --- changed gates
-// --------------------------------------------------------------------------------
 
 // Show changed gates at once; the prediction follows when the model has run with them.
 export function setGates(gates, wait = false) {
@@ -294,7 +265,7 @@ export function setGates(gates, wait = false) {
 // Set all gates of some layers to a number, or to the trained ones (null).
 export function pinGates(layers, gate) {
   const gates = new Map(state.gates);
-  for (const layer of layers.filter((layer) => hasGates(layer))) {
+  for (const layer of layers.filter(hasGates)) {
     for (const head of allHeads()) {
       if (gate === null) gates.delete(`${layer},${head}`);
       else gates.set(`${layer},${head}`, gate);
