@@ -84,7 +84,7 @@ def show_last_snapshot(page):
 def test_initial_view_shows_nine_kernel_taps(page):
     assert gates(page) == [0.731] * 9
     assert page.locator(".epoch").inner_text() == "0"
-    assert "every head of layer 5 looks at one place near" in page.locator(".caption").inner_text()
+    assert "every head of layer 5 looks mostly near the framed patch" in page.locator(".caption").inner_text()
     centers = [brightest(pixels) for pixels in maps(page, "position")]
     assert centers == [(4 + head % 3 - 1) * 8 + 4 + head // 3 - 1 for head in range(9)]
     cards = page.eval_on_selector_all("[data-head]", "cards => cards.map(card => Number(card.dataset.head))")
@@ -294,7 +294,7 @@ def test_verdicts_and_facts(page):
     page.locator("[data-example=cheetah]").click()
     page.wait_for_selector(".verdict:not(.right, .wrong):has-text('not one of its classes')")
     facts = page.locator(".facts").inner_text()
-    for fact in ("9 of 45 heads end", "84.1 → 81.3%", "15.2%", "20 times the learning rate", "One run"):
+    for fact in ("9 of 45 heads end", "84.1%; with all gates pinned", "81.3%, to content 15.2%", "20 times the learning rate", "One run"):
         assert fact in facts
     assert "Layers 6 to 7 have no gates" in page.locator(".heatmap-summary").inner_text()
     page.locator(".layer").select_option(label="6")

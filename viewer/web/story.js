@@ -127,7 +127,7 @@ function caption() {
   }
   if (state.gates.size) return captionOfChangedGates(layer);
   if (epoch === 0) {
-    return [`Before training, every head of ${layer} looks at one place near the framed patch.`,
+    return [`Before training, every head of ${layer} looks mostly near the framed patch.`,
       `${reach()} Press “Play training” to see which heads leave.`];
   }
   const left = allHeads().filter((head) => gateOf(state.layer, head) < 0.5);
@@ -135,7 +135,7 @@ function caption() {
     : `${listHeads(left)} of ${layer} look${left.length > 1 ? "" : "s"} for content rather than `
       + "position";
   if (state.snapshot === lastSnapshot() && !isGrowing()) {
-    const invitation = " What if the heads had to stay? Press “Pin to position”.";
+    const invitation = " What if all heads had to stay? Press “Pin to position” for all layers.";
     return [departure(left, layer) ?? `After training, ${status}.`,
       `${reach()}${left.length ? invitation : ""}`];
   }
@@ -155,8 +155,11 @@ function departure(left, layer) {
   const event = crossings(0).findLast(([, heads, fell]) => fell && heads.includes(state.head));
   if (!left.includes(state.head) || !event) return null;
   const others = left.filter((head) => head !== state.head);
-  const too = others.length ? `; so did ${listHeads(others)} (gates below 0.5)` : "";
-  return `Head ${state.head + 1} of ${layer} left its neighbors in epoch ${event[0]}${too}.`;
+  const epoch = state.model.epochs[state.snapshot];
+  const too = others.length
+    ? ` By epoch ${epoch}, ${listHeads(others)} had a gate below 0.5, too.` : "";
+  return `Head ${state.head + 1} of ${layer} left its neighbors in epoch ${event[0]}, when its gate `
+    + `fell below 0.5.${too}`;
 }
 
 function captionOfChangedGates(layer) {
@@ -174,8 +177,8 @@ function captionOfChangedGates(layer) {
   const trained = accuracyAt(state.model.epochs[state.snapshot])?.toFixed(1);
   const measured = pinned && trained
     ? ` On all test images, its accuracy is ${pinned}% instead of ${trained}%.` : "";
-  return [headline, `${said}${measured} This is what this trained model relies on; one `
-    + "trained with such gates may find another way."];
+  return [headline, `${said}${measured} A model trained with these gates from the `
+    + "start may learn another way."];
 }
 
 // What is known about the whole run, from its data.
@@ -188,9 +191,8 @@ function facts() {
     `Model: ${escapeHtml(name)}; ${gatedLayers().length} layers with gates, ${numHeads()} heads `
       + `each, ${grid[0]} × ${grid[1]} patches, ${classes.length} classes.`,
     final.length && `${left} of ${final.length} heads end with a gate below 0.5.`,
-    content && "Test accuracy with content masked in all these layers (all gates 1): "
-      + `${content[0].toFixed(1)} → ${content.at(-1).toFixed(1)}%; with position masked `
-      + `(all gates 0): ${position.at(-1).toFixed(1)}%.`,
+    content && `Test accuracy ${content[0].toFixed(1)}%; with all gates pinned to position `
+      + `(content masked) ${content.at(-1).toFixed(1)}%, to content ${position.at(-1).toFixed(1)}%.`,
     recipe.gate_lr_scale > 1
       && `The gates were trained at ${recipe.gate_lr_scale} times the learning rate of the rest.`,
     curves && `One run (seed ${recipe.seed ?? "unknown"}): other seeds can release other heads.`,
