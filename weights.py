@@ -88,7 +88,7 @@ def read_weights(source: str) -> Weights:
     except Exception as error:  # unpickling a damaged file raises nearly any exception
         if url.startswith("http") and isinstance(error, OSError):
             raise ValueError(f"{source} cannot be downloaded ({error}): pass a local file") from error
-        if "Unsupported" in str(error):  # by weights_only
+        if "Unsupported global" in str(error):  # by weights_only
             raise ValueError(f"{source} contains a pickled model or other objects: save its state_dict") from error
         raise ValueError(f"{source} is damaged, or is not a PyTorch checkpoint") from error
 

@@ -2,6 +2,10 @@
 
 import contextlib
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: tests run side by side
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import re
 import shutil
 import socket
@@ -37,7 +41,6 @@ sys.addaudithook(log)
 """
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)

@@ -294,7 +294,13 @@ def test_verdicts_and_facts(page):
     page.locator("[data-example=cheetah]").click()
     page.wait_for_selector(".verdict:not(.right, .wrong):has-text('not one of its classes')")
     facts = page.locator(".facts").inner_text()
-    for fact in ("9 of 45 heads end", "84.1%; with all gates pinned", "81.3%, to content 15.2%", "20 times the learning rate", "One run"):
+    for fact in (
+        "9 of 45 heads end",
+        "84.1%; with all gates pinned",
+        "81.3%, to content 15.2%",
+        "20 times the learning rate",
+        "One run",
+    ):
         assert fact in facts
     assert "Layers 6 to 7 have no gates" in page.locator(".heatmap-summary").inner_text()
     page.locator(".layer").select_option(label="6")

@@ -345,7 +345,7 @@ def test_user_errors_are_one_sentence(tree, uninterrupted, run_command, monkeypa
     assert run_command(*FLAGS, tree.parent) == ""  # finished runs need no data
     assert "seed=0 has --amp None, not bf16; delete its line in" in run_command(*FLAGS, tree, "--amp", "bf16")
     monkeypatch.chdir(tree)
-    assert "typo does not contain train/CLASS/*" in run_command("ablation", "--data-dir", "typo")
+    assert "typo does not exist" in run_command("ablation", "--data-dir", "typo")
     assert "typo has no snapshots" in run_command("gates", "--run", "typo", "--data-dir", tree)
     assert "has 2 classes, but" in run_command("masking", "--data-dir", tree)
     assert "has no runs.jsonl" in run_command("compare", tree)

@@ -146,7 +146,7 @@ def test_invalid_arguments_exit_with_one_sentence(tmp_path, monkeypatch):
     for flags, message in (
         (["--weights", "convit_huge"], "there is no file convit_huge, and no released model of that name"),
         (["--weights", __file__], "is damaged, or is not a PyTorch checkpoint"),
-        (["--run", "nowhere"], "nowhere has no snapshots; pass a run folder of train_cifar.py with --run"),
+        (["--run", "nowhere"], "there is no folder nowhere"),
         (["--run", DEMO, tmp_path], "has no snapshots; pass a run folder"),
     ):
         monkeypatch.setattr(sys, "argv", ["app.py", *map(str, flags)])

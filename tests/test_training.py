@@ -146,7 +146,9 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
     (tmp_path / "other.json").write_text('{"leaning_rate": 1}')
     assert "not a config.json" in error_of("--config", tmp_path / "other.json")
     (tmp_path / "other.json").write_text('{"leaning_rate": 1, "epochs": 3, "epoch": 4}')
-    assert "unknown keys: epoch, leaning_rate; did you mean epochs, or is it a run of the other" in error_of("--config", tmp_path / "other.json")
+    assert "unknown keys: epoch, leaning_rate; did you mean epochs, or is it a run of the other" in error_of(
+        "--config", tmp_path / "other.json"
+    )
     (tmp_path / "other.json").write_text('{"epochs": 1.5, "lr": 0.1}')
     assert "'1.5' must be an integer" in error_of("--config", tmp_path / "other.json")
     (tmp_path / "other.json").write_text('{"shift": 4, "flip": true}')
