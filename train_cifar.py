@@ -10,11 +10,9 @@ The run folder contains config.json, provenance.json, metrics.jsonl, last.pt, be
 with `python app.py --run runs/cifar`. demo/cifar10 is such a run.
 """
 
-import os
 import signal
 from dataclasses import dataclass
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch's import: idle threads leave the cores to others
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends imports, data loading, and --eval without a traceback
 

@@ -11,11 +11,9 @@ _small, _base); this script has not been run that far yet. It differs in that th
 has a fixed magnitude, and mixup draws per image. The loop is that of train_cifar.py: compare them with `diff`.
 """
 
-import os
 import signal
 from dataclasses import dataclass
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch's import: idle threads leave the cores to others
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends imports, data loading, and --eval without a traceback
 

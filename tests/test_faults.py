@@ -131,10 +131,10 @@ def saved_at(run: Path) -> int:
     return (run / "last.pt").stat().st_mtime_ns if (run / "last.pt").exists() else 0
 
 
-def test_run_killed_ten_times_ends_bitwise_identical(tree, reference_run, tmp_path):
+def test_run_killed_six_times_ends_bitwise_identical(tree, reference_run, tmp_path):
     run, moments = tmp_path / "killed", random.Random(1)
     flags = ["--data-dir", tree, "--run", run, *QUICK, "--save-every", "1"]
-    for kills in range(10):
+    for kills in range(6):
         before = saved_at(run)
         script = Script(tmp_path / "log", *flags, *(["--resume"] if before else []))
         while saved_at(run) == before:
@@ -309,12 +309,9 @@ def test_ctrl_c_during_imports_gives_no_traceback(name):
 
 
 def test_help_imports_little_more_than_torch():
-    code = "import os, sys, train_cifar, train_imagenet, predict; print(os.environ['OMP_WAIT_POLICY'], *sys.modules)"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    policy, *modules = subprocess.check_output(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, text=True
-    ).split()
-    assert policy == "passive" and "torch" in modules
+    code = "import sys, train_cifar, train_imagenet, predict; print(*sys.modules)"
+    modules = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
+    assert "torch" in modules
     assert not {"torchvision", "matplotlib", "tensorboard", "scipy", "sympy"} & set(modules)
 
 
