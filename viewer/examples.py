@@ -4,6 +4,7 @@ import functools
 import io
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from einops import rearrange
 from gradio.media import get_image
@@ -17,6 +18,7 @@ DEMOS = {"patterns": "Find the match (synthetic)", "cifar10": "CIFAR-10 photos"}
 PHOTOS = {"cheetah": "cheetah1.jpg", "lion": "lion.jpg", "bus": "bus.png", "tower": "tower.jpg"}  # part of Gradio
 MAX_EXAMPLES = 6
 PATCH = 4  # pixels; the squares of the patterns are aligned with it
+openings = WeakKeyDictionary()  # by inspector: its number of snapshots, and the view for them
 
 
 class Example(NamedTuple):
@@ -91,7 +93,17 @@ def pattern_examples(classes: tuple[str, ...]) -> dict[str, Example]:
 
 
 def opening_view(inspector: AttentionInspector) -> dict:
-    """The view that shows most: an image that the model learns to classify, and a head that escapes."""
+    """The view that shows most: an image that the model learns to classify, and a head that escapes.
+
+    It is computed once per new snapshot, since the page asks for it every second while a model trains.
+    """
+    num_snapshots = len(inspector.epochs)
+    if openings.get(inspector, (0,))[0] != num_snapshots:
+        openings[inspector] = num_snapshots, _find_opening(inspector)
+    return openings[inspector][1]
+
+
+def _find_opening(inspector: AttentionInspector) -> dict:
     examples = load_examples(inspector)
     pixels = {name: inspector.prepare_image(example.data)["pixels"] for name, example in examples.items()}
     learned = [name for name, example in examples.items() if inspector.learns(pixels[name], example.label)]
