@@ -73,13 +73,17 @@ def plan(records: dict[str, dict]) -> list[RunSpec]:
             all_flags = [RECIPE, MODELS[model], f"--data-fraction {fraction} --lr {lr:g}", *flags]
             runs.append(RunSpec(name, " ".join(all_flags).split()))
 
-    for fraction, model in product((0.1, 1.0), MODELS):
-        best_lr[model, fraction], learning_rates = tune_learning_rate(model, fraction, records)
-        for lr in learning_rates:
-            add(tuning_name(model, fraction, lr), model, fraction, lr, TUNING)
-    for fraction, seed, model in product((0.1, 1.0), SEEDS, MODELS):
-        name = f"{model}-{fraction:.0%}-seed{seed}"
-        add(name, model, fraction, best_lr[model, fraction], f"--seed {seed}", FULL_LENGTH)
+    for fraction in (
+        0.1,
+        1.0,
+    ):  # a fraction whole before the next, so that an unfinished grid has a finished comparison
+        for model in MODELS:
+            best_lr[model, fraction], learning_rates = tune_learning_rate(model, fraction, records)
+            for lr in learning_rates:
+                add(tuning_name(model, fraction, lr), model, fraction, lr, TUNING)
+        for seed, model in product(SEEDS, MODELS):
+            name = f"{model}-{fraction:.0%}-seed{seed}"
+            add(name, model, fraction, best_lr[model, fraction], f"--seed {seed}", FULL_LENGTH)
     for seed, (name, variant) in product(SEEDS, VARIANTS.items()):
         add(f"{name}-10%-seed{seed}", "convit", 0.1, best_lr["convit", 0.1], variant, f"--seed {seed}", FULL_LENGTH)
     for seed, (name, arm) in product(PATTERN_SEEDS, PATTERN_ARMS.items()):
