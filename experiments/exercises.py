@@ -14,15 +14,18 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 
-from experiments import report
-from experiments.sweep import CODE, WORK, RunSpec, Sweep, run_main
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.report import gpsa_heads, markdown, plot_seeds, save
+from experiments.sweep import CODE, WORK, RunSpec, Sweep, read_records, run_main
 from train_cifar import Config
 from training.config import int_at_least
 from training.distributed import UserError
 
 TEXT = CODE / "docs" / "exercises.md"
-RESULTS = report.RESULTS / "exercises"
 
 
 @dataclass(frozen=True)
@@ -83,23 +86,46 @@ def train_exercises(numbers: list[int], seeds: int, data_dir: str, out: Path):
     exercises = {exercise.number: exercise for exercise in parse_exercises(TEXT.read_text())}
     if not exercises.keys() >= set(numbers):
         raise UserError(f"{TEXT.name} has the exercises {', '.join(map(str, exercises))}")
-    runs = [exercise.run(seed, data_dir) for seed in range(seeds) for exercise in exercises.values()]
-    exercise_of = {run.name: exercises[int(run.name.split("_")[0])] for run in runs}
+    planned = [(exercise.run(seed, data_dir), exercise) for seed in range(seeds) for exercise in exercises.values()]
+    exercise_of = {run.name: exercise for run, exercise in planned}
     sweep = Sweep(out / "runs.jsonl", WORK / "exercises")
-    sweep.missing(runs)  # raises UserError if any exercise has changed
+    sweep.missing([run for run, _ in planned])  # raises UserError if any exercise has changed
 
     def prepare(run: RunSpec) -> Path:
         print(exercise_of[run.name].title, flush=True)
         return copy_code(exercise_of[run.name].diff, sweep.work / f"{run.name}.code")
 
-    while sweep.train_next([run for run in runs if exercise_of[run.name].number in (numbers or exercises)], prepare):
-        pass
-    records, cells = sweep.records(), {}
-    for exercise in exercises.values():
-        finished = [records[name] for name in sorted(records) if name.split("_")[0] == str(exercise.number)]
-        if finished:
-            cells[exercise.title, "test accuracy"] = finished
-    report.write_table("exercise", cells, out / "exercises")
+    runs = [run for run, exercise in planned if exercise.number in (numbers or exercises)]
+    sweep.train(lambda: runs, prepare)
+    write_results(exercises, out)
+
+
+def write_results(exercises: dict[int, Exercise], out: Path):
+    """Write a table and a plot of the finished runs in `out`/runs.jsonl, all seeds of an exercise in one row."""
+    records, results, rows = read_records(out / "runs.jsonl"), {}, []
+    for number, exercise in exercises.items():
+        runs = {name: records[name] for name in sorted(records) if name.split("_")[0] == str(number)}
+        if not runs:
+            continue
+        last = [run["metrics"][-1] for run in runs.values()]
+        accuracy = [row["test_accuracy"] for row in last]
+        gate, distance = np.concatenate([gpsa_heads(row) for row in last], axis=1)
+        content_heads = (gate < 0.5).sum() / len(runs)
+        heads = {"mean_gate": gate.mean(), "non_locality": distance.mean(), "content_heads": content_heads}
+        results[exercise.title] = {"runs": list(runs), "accuracy": accuracy} | heads
+        std = f" ± {stdev(accuracy):.1f} ({len(runs)})" if len(runs) > 1 else ""
+        cells = [f"{mean(accuracy):.1f}{std}", f"{gate.mean():.2f}", f"{distance.mean():.2f}", f"{content_heads:.1f}"]
+        rows.append([exercise.title, *cells])
+    config = next(iter(records.values()))["config"]
+    notes = f"""\
+Accuracy (%) on the test images after the last step: mean ± std over seeds (n); one seed where there is no ±.
+All runs: `{config["model"]}`, {last[0]["step"]} steps of {config["batch_size"]} images, learning rate {config["lr"]:g}.
+Heads of the GPSA layers, mean over seeds; non-locality: mean attention distance in patches."""
+    header = ["exercise", "test accuracy", "mean gate", "non-locality", "content-dominated heads (gate < 0.5)"]
+    figure = Figure(figsize=(7, 1 + 0.32 * len(rows)), layout="constrained")
+    plot_seeds(figure.subplots(), {title: result["accuracy"] for title, result in results.items()})
+    text = f"{markdown(header, rows)}\n\n{notes}"
+    save(out / "exercises", {"exercises": results}, text, list(records.values()), figure)
 
 
 def main():
@@ -109,9 +135,8 @@ def main():
     parser.add_argument("numbers", nargs="*", type=int, help="exercises to train (default: all)")
     parser.add_argument("--seeds", type=int_at_least(1), default=2, help="seeds per exercise (%(default)s)")
     parser.add_argument("--data-dir", default=Config.data_dir, help="see train_cifar.py (%(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write (%(default)s)")
-    args = parser.parse_args()
-    run_main(train_exercises, args.numbers, args.seeds, args.data_dir, args.out)
+    parser.add_argument("--out", type=Path, default=Path("results/reproduce/exercises"), help="folder (%(default)s)")
+    run_main(train_exercises, **vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,8 @@
 """docs/exercises.md: every change does what its text says, and experiments.exercises trains it."""
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -19,8 +15,7 @@ from PIL import Image
 from analysis import read_metrics
 from experiments import exercises
 from experiments.exercises import apply_diff, parse_exercises
-from experiments.report import format_mean_std
-from experiments.sweep import Sweep
+from experiments.sweep import read_records
 from train_cifar import Config
 from training.config import build_model, parse_flags
 from training.distributed import UserError
@@ -47,9 +42,9 @@ def test_changed_model_is_correct_and_learns(number, monkeypatch):
     lines = EXERCISES[number].diff.splitlines()
     assert sum(line.startswith("+") for line in lines) <= 10
     module, model = changed_model(number, monkeypatch)
-    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-    for _ in range(8):
+    for _ in range(5):
         loss = torch.nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         losses.append(loss.item())
@@ -86,21 +81,19 @@ def test_gate_of_the_center_tap_is_not_trained_in_exercise_8(monkeypatch):
 @each
 def test_numbers_in_the_text_are_those_of_the_runs(number):
     """The finished runs have the flags and the diff of the text, and the text has their results."""
-    cells = json.loads((RESULTS / "exercises.json").read_text())["cells"]
-    records = Sweep(RESULTS / "runs.jsonl", RESULTS).records()
-    exercise = EXERCISES[number]
-    result = next(cell for cell in cells if cell["row"] == exercise.title)
-    accuracy = []
-    for seed, name in enumerate(result["runs"]):
+    exercise, records = EXERCISES[number], read_records(RESULTS / "runs.jsonl")
+    result = json.loads((RESULTS / "exercises.json").read_text())["exercises"][exercise.title]
+    for seed, (name, accuracy) in enumerate(zip(result["runs"], result["accuracy"], strict=True)):
         assert name == exercise.run(seed).name
         assert records[name]["definition"] == exercise.run(seed).definition
-        accuracy.append(records[name]["metrics"][-1]["test_accuracy"])
-    assert accuracy and result["accuracy"] == accuracy
+        assert records[name]["metrics"][-1]["test_accuracy"] == accuracy
+    row = next(
+        line for line in (RESULTS / "exercises.md").read_text().splitlines() if line.startswith(f"| {exercise.title} |")
+    )
+    mean_std, mean_gate, *_ = row.split(" | ")[1:]
     section = re.split(r"^## \d+\. ", TEXT, flags=re.MULTILINE)[1 + list(EXERCISES).index(number)]
-    mean_std = re.sub(r" \((\d+)\)%$", r"% (\1 seeds)", f"{format_mean_std(result)}%")
-    assert f"</summary>\n\n{mean_std}" in section
-    for words in re.findall(r"mean gate ([\d.]+)", section):
-        assert words == f"{result['mean_gate']:.2f}"
+    percent = re.sub(r" \((\d+)\)%$", r"% (\1 seeds)", f"{mean_std}%")
+    assert f"</summary>\n\n{percent}, mean gate {mean_gate}" in section
 
 
 IDENTITY = next(line for line in SOURCE.splitlines() if "nn.init.eye_" in line)
@@ -115,68 +108,43 @@ TINY = f"""RECIPE="--img-size 16 --batch-size 4 --steps-per-epoch 3 --epochs {{e
 """
 
 
-def start(folder: Path, *argv) -> subprocess.Popen:
-    """`python -m experiments.exercises ARGV` in a folder, with the text that is there."""
-    code = "from experiments import exercises; exercises.TEXT = exercises.Path('exercises.md'); exercises.main()"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *map(str, argv)]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def test_killed_exercises_are_resumed(tree, tmp_path, monkeypatch, capsys):
-    """With the real train_cifar.py; both it and experiments.exercises are killed."""
-    runs, before = tmp_path / "runs/sweeps/exercises", (ROOT / "convit_min.py").read_bytes()
-    (tmp_path / "exercises.md").write_text(TINY.format(epochs=2))
-    process = start(tmp_path, "--seeds", 1, "--data-dir", tree, "--out", "mine")
-    deadline = time.monotonic() + 60
-    while not (runs / "1_seed=0/last.pt").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
-        time.sleep(0.01)
-    children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
-    for pid in (process.pid, *map(int, children)):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-    first = (runs / "0_seed=0/last.pt").stat().st_mtime_ns
-
+def test_exercise_is_trained_with_its_diff_and_flags(tree, tmp_path, run_script, monkeypatch):
+    """With the real train_cifar.py."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(exercises, "TEXT", Path("exercises.md"))
-    monkeypatch.setattr(sys, "argv", ["exercises.py", "--seeds", "1", "--data-dir", str(tree), "--out", "mine"])
-    exercises.main()
-    output = capsys.readouterr().out
-    assert "1_seed=0 (1 of 2 runs left)" in output and "0. Unchanged" not in output.split("| exercise")[0]
-    assert (runs / "0_seed=0/last.pt").stat().st_mtime_ns == first
-    assert (ROOT / "convit_min.py").read_bytes() == before  # only a copy is changed
-    identity = torch.eye(144).half()
-    for number, gate, is_identity in ((0, 1, True), (1, 0, False)):
-        initial = torch.load(runs / f"{number}_seed=0/snapshots/epoch_0000.pt", weights_only=True)["model"]
-        assert torch.all(initial["blocks.0.attn.gating_param"] == gate)
-        assert torch.equal(initial["blocks.0.attn.v.weight"], identity) == is_identity
+    Path("exercises.md").write_text(TINY.format(epochs=1))
+    argv = ["--seeds", "1", "--data-dir", tree, "--out", "mine"]
+    for _ in range(2):  # the second time, nothing is left to train
+        status, output = run_script(exercises, "1", *argv)
+        assert status == 0, output
+    assert (ROOT / "convit_min.py").read_text() == SOURCE  # only a copy is changed
+    run = Path("runs/sweeps/exercises/1_seed=0")
+    initial = torch.load(run / "snapshots/epoch_0000.pt", weights_only=True)["model"]
+    assert torch.all(initial["blocks.0.attn.gating_param"] == 0)
+    assert not torch.equal(initial["blocks.0.attn.v.weight"], torch.eye(144).half())
 
-    results = tmp_path / "mine"
-    records = Sweep(results / "runs.jsonl", results).records()
-    assert [len(record["provenance"]) for record in records.values()] == [1, 2]  # the second run was resumed
-    for number, result in enumerate(json.loads((results / "exercises.json").read_text())["cells"]):
-        record = records[f"{number}_seed=0"]
-        assert record["metrics"] == read_metrics(runs / record["name"])
-        last = record["metrics"][-1]
-        assert last["epoch"] == 2 and result["accuracy"] == [last["test_accuracy"]] and result["std"] is None
-        gates = [gate for layer in last["heads"]["gate"] for gate in layer if gate is not None]
-        assert len(gates) == 45 and result["mean_gate"] == pytest.approx(sum(gates) / 45)
-        assert result["content_heads"] == sum(gate < 0.5 for gate in gates)
-    with Image.open(results / "exercises.png") as plot:
+    (record,) = read_records(Path("mine/runs.jsonl")).values()
+    assert record["metrics"] == read_metrics(run) and len(record["provenance"]) == 1
+    result = json.loads(Path("mine/exercises.json").read_text())["exercises"]["1. Gates of 0.5, and no identity"]
+    last = record["metrics"][-1]
+    gates = [gate for layer in last["heads"]["gate"] for gate in layer if gate is not None]
+    assert len(gates) == 45 and result["mean_gate"] == pytest.approx(sum(gates) / 45)
+    assert result["content_heads"] == sum(gate < 0.5 for gate in gates)
+    assert result["accuracy"] == [last["test_accuracy"]]
+    assert (
+        f"| 1. Gates of 0.5, and no identity | {last['test_accuracy']:.1f} | 0.5"
+        in Path("mine/exercises.md").read_text()
+    )
+    with Image.open("mine/exercises.png") as plot:
         plot.verify()
 
     for number, epochs, message in (
-        (2, 2, "exercises.md has the exercises 0, 1"),
-        (1, 3, "0_seed=0 was trained with different flags or a different diff; delete its line in "),
+        (2, 1, "exercises.md has the exercises 0, 1"),
+        (0, 3, "1_seed=0 was trained with different flags or a different diff; delete its line in "),
     ):
         Path("exercises.md").write_text(TINY.format(epochs=epochs))
-        monkeypatch.setattr(sys, "argv", ["exercises.py", str(number), "--out", "mine"])
-        with pytest.raises(SystemExit):
-            exercises.main()
-        assert message in capsys.readouterr().err
+        status, output = run_script(exercises, number, *argv)
+        assert status == 1 and message in output
 
 
 def test_diff_that_does_not_apply():

@@ -1,0 +1,148 @@
+"""The grid: which runs compare ConViT with a plain ViT on 10% and on all of CIFAR-10, and settings of the gates.
+
+Runs with the same seed are paired: same images, in the same order, with the same augmentation. Each has 10,000 steps of
+32 images. The learning rate of each model and data fraction is chosen first, on a 10% validation split, with a separate
+seed. Only the test accuracy after the last step is compared, in the contrasts below.
+"""
+
+import os
+import re
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from experiments.sweep import CODE, RunSpec, Sweep, read_records, read_run
+from training.config import RENAMED_FLAGS
+from training.distributed import UserError
+
+DATA_DIR = "data/cifar10"
+RECIPE = "--steps-per-epoch 2500 --amp bf16 --batch-size 32"
+TUNING = "--seed 100 --val-fraction 0.1 --epochs 2 --warmup-epochs 0.2"
+FULL_LENGTH = "--epochs 4 --warmup-epochs 0.4"
+FRACTIONS = (0.1, 1.0)  # one whole before the next, so that an unfinished grid already has a finished comparison
+MODELS = {"convit": "", "vit": "--gpsa-layers 0"}
+LEARNING_RATES = [2.5e-4, 5e-4, 1e-3]
+LR_FACTOR = 2  # extends the learning rates if the best is the lowest or the highest
+SEEDS = range(5)
+VARIANTS = {"gates-0.5": "--gating frozen --gate-init 0", "gates-0.73": "--gating frozen"}  # of ConViT, on 10%
+PATTERNS = "--dataset patterns --data-fraction 0.25 --epochs 20 --batch-size 32 --crop-padding 0 --no-hflip --amp bf16"
+PATTERN_SEEDS = range(3)
+PATTERN_ARMS = {
+    "learned": "",
+    "vit": "--gpsa-layers 0",
+    "gates-1": "--gating frozen --gate-init 20",
+    "gates-0.73": "--gating frozen",
+    "gates-0.5": "--gating frozen --gate-init 0",
+    "gate-lr-1": "--gate-lr-scale 1",
+    "gates-1-lr0.0003": "--gating frozen --gate-init 20 --lr 0.0003",  # does gates-1 only fail to optimize?
+    "gates-1-lr0.003": "--gating frozen --gate-init 20 --lr 0.003",
+}
+CONTRASTS = {  # sums of the accuracy of settings, with these signs
+    "ConViT - plain ViT, 10%": {("convit", "10%"): 1, ("vit", "10%"): -1},
+    "lead on 10% - lead on 100%": {
+        ("convit", "10%"): 1,
+        ("vit", "10%"): -1,
+        ("convit", "100%"): -1,
+        ("vit", "100%"): 1,
+    },
+    "ConViT - gates frozen at 0.5, 10%": {("convit", "10%"): 1, ("gates-0.5", "10%"): -1},
+    "ConViT - gates frozen at 0.73, 10%": {("convit", "10%"): 1, ("gates-0.73", "10%"): -1},
+}
+
+
+def tuning_name(model: str, fraction: float, lr: float) -> str:
+    """The name of a run that tries a learning rate."""
+    return f"tune-{model}-{fraction:.0%}-lr{lr:g}"
+
+
+def tune_learning_rate(
+    model: str, fraction: float, records: dict[str, dict], learning_rates: list[float] = LEARNING_RATES
+) -> tuple[float | None, list[float]]:
+    """The best learning rate (None while runs are missing), and all that have to be tried."""
+    names = {lr: tuning_name(model, fraction, lr) for lr in learning_rates}
+    if not records.keys() >= set(names.values()):
+        return None, learning_rates
+    best = max(learning_rates, key=lambda lr: records[names[lr]]["metrics"][-1]["test_accuracy"])
+    if best == learning_rates[0]:
+        return tune_learning_rate(model, fraction, records, [best / LR_FACTOR, *learning_rates])
+    if best == learning_rates[-1]:
+        return tune_learning_rate(model, fraction, records, [*learning_rates, best * LR_FACTOR])
+    return best, learning_rates
+
+
+def plan(records: dict[str, dict], data_dir: str = DATA_DIR) -> list[RunSpec]:
+    """All runs, the most important first. A run whose learning rate is not chosen yet has no flags."""
+    runs, best_lr = [], {}
+
+    def add(name: str, model: str, fraction: float, lr: float | None, flags: str):
+        setting = f"{MODELS[model]} --data-fraction {fraction} --lr {lr or 0:g} {flags}"
+        runs.append(RunSpec(name, [*RECIPE.split(), "--data-dir", data_dir, *setting.split()] if lr else []))
+
+    for fraction in FRACTIONS:
+        for model in MODELS:
+            best_lr[model, fraction], learning_rates = tune_learning_rate(model, fraction, records)
+            for lr in learning_rates:
+                add(tuning_name(model, fraction, lr), model, fraction, lr, TUNING)
+        for seed, model in product(SEEDS, MODELS):
+            name, lr = f"{model}-{fraction:.0%}-seed{seed}", best_lr[model, fraction]
+            add(name, model, fraction, lr, f"--seed {seed} {FULL_LENGTH}")
+    for seed, (name, variant) in product(SEEDS, VARIANTS.items()):
+        add(f"{name}-10%-seed{seed}", "convit", 0.1, best_lr["convit", 0.1], f"{variant} --seed {seed} {FULL_LENGTH}")
+    for seed, (name, arm) in product(PATTERN_SEEDS, PATTERN_ARMS.items()):
+        runs.append(RunSpec(f"patterns-{name}-seed{seed}", f"{PATTERNS} {arm} --seed {seed}".split()))
+    for seed, model in product(SEEDS, MODELS):
+        name, lr = f"{model}-pool-mean-10%-seed{seed}", best_lr[model, 0.1]
+        add(name, model, 0.1, lr, f"--pool mean --seed {seed} {FULL_LENGTH}")
+    return runs
+
+
+def train(out: Path, work: Path, code: Path | None = None, data_dir: str = DATA_DIR, list_only: bool = False):
+    """Train the missing runs into `out`/runs.jsonl; `data_dir` is relative to the folder of the code."""
+    file = out / "runs.jsonl"
+    if list_only:
+        records = read_records(file)
+        for run in plan(records, data_dir):
+            print("done" if run.name in records else "todo" if run.flags else "wait", run.name, *run.flags)
+        return
+    if code and not (code / "train_cifar.py").exists():
+        raise UserError(f"{code} is not a worktree of commit 2c4125a")
+    if hasattr(os, "nice"):  # Windows lacks it; there, Sweep says that it cannot train
+        os.nice(10)
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    cwd = code or CODE
+
+    def trainable() -> list[RunSpec]:
+        runs = [run for run in plan(read_records(file), data_dir) if run.flags]
+        return [replace(run, flags=old_flags(run.flags)) for run in runs] if code else runs
+
+    Sweep(file, work, read_old_run if code else read_run).train(trainable, lambda run: cwd, cwd)
+
+
+# Commit 2c4125a, which trains the grid, has old names of some flags and metrics. Delete what follows, --code, and the
+# `read` of Sweep when all runs are finished.
+
+
+def rename_flags(command: str, names: dict[str, str]) -> str:
+    """Rename the flags in a command, such as --val-fraction 0.1 and --no-hflip."""
+
+    def rename(match: re.Match) -> str:
+        return match[1] + names.get(match[2].replace("-", "_"), match[2]).replace("_", "-")
+
+    return re.sub(r"(--(?:no-)?)([\w-]+)", rename, command)
+
+
+def old_flags(flags: list[str]) -> list[str]:
+    """Flags of train_cifar.py under the names that commit 2c4125a has."""
+    old_names = {new: old for old, new in RENAMED_FLAGS.items()}
+    return [rename_flags(flag, old_names) for flag in flags]
+
+
+def read_old_run(folder: Path) -> dict:
+    """A run folder of commit 2c4125a as a record with current names."""
+    record = read_run(folder)
+    record["config"] = {RENAMED_FLAGS.get(name, name): value for name, value in record["config"].items()}
+    for entry in record["provenance"]:
+        entry["command"] = rename_flags(entry["command"], RENAMED_FLAGS)
+    for row in record["metrics"]:
+        row["heads"] = {"center" if name == "centre" else name: value for name, value in row["heads"].items()}
+    return record
