@@ -22,11 +22,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from analysis import head_statistics
-from convit_min import MODELS
 from images import normalize
 from training import distributed
 from training.augment import mixup_cutmix, random_crop, random_erasing, random_hflip
-from training.config import CORES, RunConfig, build_model, flag, float_between, int_at_least, parse_flags
+from training.config import RunConfig, build_model, flag, parse_flags
 from training.data import DATASETS, InMemoryData
 from training.distributed import UserError
 from training.evaluation import evaluate, evaluate_weights
@@ -36,32 +35,26 @@ from training.run import Run
 
 @dataclass
 class Config(RunConfig):
-    # data
+    # data and model
     dataset: str | None = flag(None, "default: inferred from --data-dir", choices=DATASETS)
     data_dir: str = flag("data", "CIFAR (downloaded if missing), or a folder with train/CLASS/* and test/CLASS/*")
-    workers: int = flag(CORES, "image-decoding threads", type=int_at_least(0))
-    # model
-    model: str = flag("convit_cifar_nano", "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
-    img_size: int | None = flag(
-        None, "image size in pixels (default: 32, with --eval that of the weights)", type=int_at_least(1)
-    )
-    patch_size: int = flag(4, "patch size in pixels", type=int_at_least(1))
-    run: str = flag("runs/cifar", "run folder; with several machines, on a shared disk")
+    model: str = "convit_cifar_nano"
+    img_size: int | None = flag(None, "image size in pixels (default: 32, with --eval that of the weights)", minimum=1)
+    patch_size: int = flag(4, "patch size in pixels", minimum=1)
+    run: str = "runs/cifar"
     # recipe; with --amp, 94 minutes on one CPU core
-    epochs: int = flag(30, "number of epochs", type=int_at_least(1))
-    batch_size: int = flag(32, "global batch size, over all processes", type=int_at_least(1))
-    lr: float = flag(1e-3, "peak learning rate", type=float_between(0))
-    gate_lr_scale: float = flag(
-        20.0, "learning-rate multiplier for the gates; above 1 for short runs", type=float_between(0)
-    )
-    weight_decay: float = flag(0.05, "AdamW weight decay, matrices only", type=float_between(0))
-    warmup_epochs: float = flag(1.0, "epochs of linear warm-up", type=float_between(0))
-    crop_padding: int = flag(4, "zero-padding of the random crop, in pixels", type=int_at_least(0))
-    label_smoothing: float = flag(0.1, "label smoothing", type=float_between(0, 1))
-    mixup: float = flag(0.0, "mixup alpha (0: off)", type=float_between(0))
-    cutmix: float = flag(0.0, "cutmix alpha (0: off)", type=float_between(0))
-    random_erasing: float = flag(0.0, "probability of random erasing", type=float_between(0, 1))
-    ema_decay: float = flag(0.998, "decay of the moving average of the weights (0: off)", type=float_between(0, 1))
+    epochs: int = 30
+    batch_size: int = 32
+    lr: float = 1e-3
+    gate_lr_scale: float = 20.0
+    warmup_epochs: float = 1.0
+    weight_decay: float = 0.05
+    ema_decay: float = 0.998
+    crop_padding: int = flag(4, "zero-padding of the random crop, in pixels", minimum=0)
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    random_erasing: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()

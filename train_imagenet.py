@@ -26,7 +26,7 @@ from analysis import head_statistics
 from images import normalize
 from training import distributed
 from training.augment import mixup_cutmix, random_erasing, random_hflip
-from training.config import CORES, RunConfig, build_model, flag, float_between, int_at_least, parse_flags
+from training.config import RunConfig, build_model, flag, parse_flags
 from training.distributed import UserError
 from training.evaluation import evaluate, evaluate_weights
 from training.image_folder import load_data
@@ -36,27 +36,26 @@ from training.run import Run
 
 @dataclass
 class Config(RunConfig):
-    # data
+    # data and model
     dataset: str = flag("imagenet", "folder: any other image folder", choices=["imagenet", "folder", "patterns"])
     data_dir: str = flag("data", "folder with train/CLASS/* and val/CLASS/*; val/ suffices for --eval")
-    workers: int = flag(CORES, "image-decoding processes per training process", type=int_at_least(0))
-    run: str = flag("runs/imagenet", "run folder; with several machines, on a shared disk")
+    model: str = "convit_tiny"
+    drop_path: float = 0.1
+    run: str = "runs/imagenet"
     # recipe
-    lr: float = flag(
-        5e-4, "peak learning rate per 512 images, scaled linearly with --batch-size", type=float_between(0)
-    )
-    gate_lr_scale: float = flag(
-        1.0, "learning-rate multiplier for the gates; above 1 for short runs", type=float_between(0)
-    )
-    weight_decay: float = flag(0.05, "AdamW weight decay, matrices only", type=float_between(0))
-    drop_path: float = flag(0.1, "stochastic depth rate of the last block", type=float_between(0, 1))
+    epochs: int = 300
+    batch_size: int = 512
+    lr: float = flag(5e-4, "peak learning rate per 512 images, scaled linearly with --batch-size", minimum=0)
+    gate_lr_scale: float = 1.0
+    warmup_epochs: float = 5.0
+    weight_decay: float = 0.05
+    ema_decay: float = 0.99996
     rand_augment: int = flag(9, "magnitude of RandAugment, two operations per image", choices=range(11))
-    label_smoothing: float = flag(0.1, "label smoothing", type=float_between(0, 1))
-    mixup: float = flag(0.8, "mixup alpha (0: off)", type=float_between(0))
-    cutmix: float = flag(1.0, "cutmix alpha (0: off)", type=float_between(0))
-    random_erasing: float = flag(0.25, "probability of random erasing", type=float_between(0, 1))
-    aug_repeats: int = flag(3, "repeated augmentation: times a sampled image appears per epoch", type=int_at_least(1))
-    ema_decay: float = flag(0.99996, "decay of the moving average of the weights (0: off)", type=float_between(0, 1))
+    aug_repeats: int = flag(3, "repeated augmentation: times a sampled image appears per epoch", minimum=1)
+    label_smoothing: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    random_erasing: float = 0.25
 
 
 def train(config: Config):

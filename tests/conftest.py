@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
-from convit_min import ConViTConfig
+from convit_min import MODELS, ConViTConfig
+from training.run import Run
 
 ROOT = Path(__file__).parent.parent
 SERVER_PIDS = {}  # by URL
@@ -56,6 +58,37 @@ def perturb(model: torch.nn.Module) -> torch.nn.Module:
             scale = 1.0 if name.endswith(("gating_param", "pos_proj.weight", "pos_proj.bias")) else 0.02
             parameter.add_(torch.randn_like(parameter), alpha=scale)
     return model.eval()
+
+
+def use_small_model():
+    """Give the default model of train_cifar.py three blocks, one of them self-attention, and turn off plots."""
+    MODELS["convit_cifar_nano"] = replace(MODELS["convit_cifar_nano"], depth=3, gpsa_layers=2)
+    Run._plot = lambda *_, **__: None
+
+
+@pytest.fixture
+def small_model(monkeypatch):
+    """`use_small_model` for a test."""
+    monkeypatch.setitem(MODELS, "convit_cifar_nano", MODELS["convit_cifar_nano"])
+    monkeypatch.setattr(Run, "_plot", Run._plot)  # both are restored after the test
+    use_small_model()
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a training script in this process; return its exit status and output."""
+
+    def run(script, *flags) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        capsys.readouterr()
+        status = 0
+        try:
+            script.main()
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, "".join(capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
+from conftest import ROOT, use_small_model
 from PIL import Image
 
 import train_cifar
@@ -30,34 +32,40 @@ from analysis import read_metrics
 from training import checkpoint
 from training.distributed import Stopped, UserError
 from training.optim import learning_rate
-from training.run import Run
+from training.patterns import patterns
 
-ROOT = Path(__file__).parent.parent
-QUICK = ["--epochs", "6", "--batch-size", "8", "--drop-path", "0.2", "--mixup", "0.8", "--save-every", "3"]
+pytestmark = pytest.mark.usefixtures("small_model")
+QUICK = ["--epochs", "6", "--batch-size", "4", "--drop-path", "0.2", "--mixup", "0.8", "--save-every", "3"]
 QUICK += ["--device", "cpu"]  # forked processes cannot use CUDA
 
 # a process that has imported everything but has no threads: its children start within milliseconds
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["train_cifar", "train_imagenet", "predict"])
+imported = ["train_cifar", "train_imagenet", "pytest", "torch.distributed.run"]
+server.set_forkserver_preload([*imported, "torch._dynamo"])  # an optimizer imports the last, in three seconds
 
 
-def run_script(name: str, flags: list, log: Path, file_limit: int | None, prepare: Callable | None):
-    """In a child process: run a script, redirect its output to a file, and limit the size of its files."""
+def redirect_output(log: Path):
+    """In a child process: append its output to a file."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+
+
+def run_in_child(name: str, flags: list, log: Path, file_limit: int | None, prepare: Callable):
+    """In a child process: run a script, with its output and a limit to the size of the files that it writes."""
+    redirect_output(log)
     if file_limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    multiprocessing.set_start_method("fork", force=True)  # of data workers; it would be that of this process
     torch.set_num_threads(1)
-    if prepare:
-        prepare()
+    prepare()
     sys.argv = [f"{name}.py", *map(str, flags)]
     {"train_cifar": train_cifar, "train_imagenet": train_imagenet}[name].main()
 
 
 class Script:
-    """A training script in a separate process."""
+    """A training script in a separate process, by default with the small model."""
 
     def __init__(
         self,
@@ -65,10 +73,10 @@ class Script:
         *flags,
         name: str = "train_cifar",
         file_limit: int | None = None,
-        prepare: Callable | None = None,
+        prepare: Callable = use_small_model,
     ):
         self.log = log
-        self.process = server.Process(target=run_script, args=(name, list(flags), log, file_limit, prepare))
+        self.process = server.Process(target=run_in_child, args=(name, list(flags), log, file_limit, prepare))
         self.process.start()
 
     def wait(self) -> tuple[int, str]:
@@ -140,7 +148,7 @@ def test_run_killed_six_times_ends_bitwise_identical(tree, reference_run, tmp_pa
         while saved_at(run) == before:
             assert script.process.is_alive(), script.log.read_text()
             time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.2))
+        time.sleep(moments.uniform(0, 0.04))
         assert script.process.is_alive(), f"finished after {kills} kills"
         script.process.kill()
         script.process.join()
@@ -155,26 +163,25 @@ def test_signal_loses_no_step(tree, reference_run, tmp_path, number):
     run = tmp_path / "stopped"
     script = Script(tmp_path / "log", "--data-dir", tree, "--run", run, *QUICK)
     script.wait_for(run / "last.pt")
-    time.sleep(0.3)
     os.kill(script.process.pid, number)
     status, output = script.wait()
     assert status == 128 + number and "Traceback" not in output
     step = int(re.search(r"stopped and saved after step (\d+)", output)[1])
     state = torch.load(run / "last.pt", weights_only=True)["train_state"]
-    assert step == (state["epoch"] - 1) * 3 + state["step_in_epoch"]
+    assert step == (state["epoch"] - 1) * 7 + state["step_in_epoch"]
 
     status, output = Script(tmp_path / "log", "--run", run, "--resume").wait()
     assert status == 0, output
     assert_same_run(reference_run, run)
 
 
-def test_finished_run_is_left_alone(tree, reference_run, tmp_path):
+def test_finished_run_is_left_alone(tree, reference_run, tmp_path, run_script):
     before = (reference_run / "last.pt").read_bytes()
-    status, output = Script(tmp_path / "log1", "--run", reference_run, "--resume").wait()
+    status, output = run_script(train_cifar, "--run", reference_run, "--resume")
     assert status == 0 and "has finished its 6 epochs" in output
     grown = shutil.copytree(tree, tmp_path / "grown")
     shutil.copy(grown / "train/red/0.png", grown / "train/red/new.png")
-    status, output = Script(tmp_path / "log2", "--run", reference_run, "--resume", "--data-dir", grown).wait()
+    status, output = run_script(train_cifar, "--run", reference_run, "--resume", "--data-dir", grown)
     assert status == 0 and "31 training and 9 evaluation images, but" in output and "started with 30" in output
     assert (reference_run / "last.pt").read_bytes() == before
 
@@ -192,17 +199,18 @@ def test_full_disk_keeps_the_previous_checkpoint(tree, reference_run, tmp_path):
     assert [line["epoch"] for line in read_metrics(reference_run)] == list(range(8))
 
 
-def train_as_rank(rank: int, port: int):
+def become_rank(rank: int, port: int):
     """In a child process: become one of two processes that train together."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    use_small_model()
 
 
 def test_full_disk_on_rank_0_stops_all_ranks(tree, tmp_path):
     port, run = free_port(), tmp_path / "run"
     ranks = [
         Script(tmp_path / "log", "--data-dir", tree, "--run", run, *QUICK, file_limit=limit,
-               prepare=partial(train_as_rank, rank, port))
+               prepare=partial(become_rank, rank, port))
         for rank, limit in enumerate((2**20, None))
     ]  # fmt: skip
     assert [rank.wait()[0] for rank in ranks] == [1, 1]
@@ -210,26 +218,25 @@ def test_full_disk_on_rank_0_stops_all_ranks(tree, tmp_path):
     assert output.count("cannot be saved") == 1 and "Traceback" not in output and "Error" not in output, output
 
 
-def run_out_of_memory():
-    """In a child process: make every step raise."""
+def test_out_of_memory_suggests_gradient_accumulation(tree, tmp_path, monkeypatch, run_script):
+    """The advice can be followed in the same run folder."""
 
     def raise_error(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    train_cifar.mixup_cutmix = raise_error
-
-
-def test_out_of_memory_suggests_gradient_accumulation(tree, tmp_path):
-    flags = ["--data-dir", tree, "--run", tmp_path / "run", *QUICK]
-    status, output = Script(tmp_path / "log", *flags, prepare=run_out_of_memory).wait()
-    assert status == 1 and "Traceback" not in output
+    flags = ["--data-dir", tree, "--run", tmp_path / "run", *QUICK, "--epochs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cifar, "mixup_cutmix", raise_error)
+        status, output = run_script(train_cifar, *flags)
+    assert status == 1
     assert "train_cifar.py: raise --grad-accum-steps, or lower --batch-size: CUDA out of memory" in output
+    assert run_script(train_cifar, *flags, "--grad-accum-steps", "2")[0] == 0
+    assert run_script(train_cifar, *flags, "--resume", "--batch-size", "8")[0] == 1
 
 
 @pytest.fixture
-def train(tree, tmp_path, monkeypatch):
+def train(tree, tmp_path):
     """train_cifar.train as in a notebook, with fields of its Config; checks that signal handlers are restored."""
-    monkeypatch.setattr(Run, "_plot", lambda *_, **__: None)  # slow
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
@@ -332,17 +339,16 @@ def test_provenance_of_a_gpu(monkeypatch):
     assert {name: entry[name] for name in expected} == expected
 
 
-def test_mismatched_and_damaged_checkpoints_are_refused(tree, reference_run, tmp_path):
+def test_mismatched_and_damaged_checkpoints_are_refused(tree, reference_run, tmp_path, run_script):
     def refusal(*flags) -> str:
-        log = tmp_path / f"log{len(list(tmp_path.iterdir()))}"
-        status, output = Script(log, "--run", reference_run, "--resume", *flags).wait()
-        assert status == 1 and "Traceback" not in output
+        status, output = run_script(train_cifar, "--run", reference_run, "--resume", *flags)
+        assert status == 1
         return output.strip().splitlines()[-1]
 
     whole = (reference_run / "last.pt").read_bytes()
     other = refusal("--model", "vit_cifar_nano")
     assert "the run has --model convit_cifar_nano, not vit_cifar_nano" in other
-    assert "--batch-size 8, not 4" in refusal("--batch-size", "4")
+    assert "--batch-size 4, not 8" in refusal("--batch-size", "8")
     assert "--dataset folder, not patterns" in refusal("--dataset", "patterns")
     assert (reference_run / "last.pt").read_bytes() == whole
 
@@ -363,18 +369,18 @@ def test_mismatched_and_damaged_checkpoints_are_refused(tree, reference_run, tmp
     assert not (tmp_path / "executed").exists()
 
     new = ["--data-dir", tree, "--run", tmp_path / "new", *QUICK, "--weights", reference_run / "best.pt"]
-    status, output = Script(tmp_path / "log", *new).wait()
+    status, output = run_script(train_cifar, *new, "--epochs", "1")
     assert status == 0, output
     start = read_metrics(tmp_path / "new")[0]["test_accuracy"]
     assert start == max(line["test_accuracy"] for line in read_metrics(reference_run))
 
 
-def test_run_folder_in_use_is_refused(tree, tmp_path):
+def test_run_folder_in_use_is_refused(tree, tmp_path, run_script):
     run = tmp_path / "run"
-    first = Script(tmp_path / "log1", "--data-dir", tree, "--run", run, *QUICK, "--epochs", "50")
+    first = Script(tmp_path / "log", "--data-dir", tree, "--run", run, *QUICK, "--epochs", "500")
     first.wait_for(run / "last.pt")
     before = (run / "config.json").read_text()
-    status, output = Script(tmp_path / "log2", "--run", run, "--resume", "--lr", "0.5").wait()
+    status, output = run_script(train_cifar, "--run", run, "--resume", "--lr", "0.5")
     assert status == 1 and "another process is training in" in output
     assert (run / "config.json").read_text() == before
     first.process.kill()
@@ -387,15 +393,24 @@ def children_of(pid: int) -> list[int]:
     return sorted(int(child) for parent, child in map(str.split, table.splitlines()) if int(parent) == pid)
 
 
-def torchrun(log: Path, *flags, machines: int = 1, restarts: int = 0) -> list[subprocess.Popen]:
-    """Two processes under one agent, or under two agents that act as two machines."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={2 // machines}"]
-    command += [f"--nnodes={machines}", f"--max-restarts={restarts}", "--rdzv-backend=c10d", "--rdzv-id=test"]
-    command += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--", "train_cifar.py", *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as in the docs
-    with open(log, "w") as output:
-        options = {"stdout": output, "stderr": subprocess.STDOUT, "env": environment, "cwd": ROOT}
-        return [subprocess.Popen(command, **options) for _ in range(machines)]
+def torchrun(log: Path, flags: list):
+    """In a child process: torchrun."""
+    redirect_output(log)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as in the docs
+    os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    torch.distributed.run.main(flags)
+
+
+def two_machines(folder: Path, *flags) -> list[multiprocessing.Process]:
+    """Two torchrun agents that act as two machines with one process each, and restart once."""
+    script = folder / "train_small.py"
+    script.write_text("import conftest, train_cifar\nconftest.use_small_model()\ntrain_cifar.main()\n")
+    command = ["--nproc-per-node=1", "--nnodes=2", "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
+    command += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--", *map(str, [script, *flags])]
+    agents = [server.Process(target=torchrun, args=(folder / "agents.log", command)) for _ in range(2)]
+    for agent in agents:
+        agent.start()
+    return agents
 
 
 def free_port() -> int:
@@ -409,20 +424,24 @@ def test_two_machines_survive_a_killed_worker_and_match_one_process(tree, tmp_pa
     flags += ["--grad-accum-steps", "2", "--device", "cpu", "--run"]
 
     # two machines, of which one loses its worker
-    agents = torchrun(tmp_path / "killed.log", *flags, tmp_path / "killed", machines=2, restarts=1)
+    agents, log = two_machines(tmp_path, *flags, tmp_path / "killed"), tmp_path / "agents.log"
     deadline = time.monotonic() + 120
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while not metrics.exists() or len(read_metrics(metrics.parent)) < 3:
-        assert time.monotonic() < deadline, (tmp_path / "killed.log").read_text()
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
     os.kill(children_of(agents[1].pid)[-1], signal.SIGKILL)
 
     # two processes on one machine, and a single process
-    undisturbed = torchrun(tmp_path / "two.log", *flags, tmp_path / "two")
-    status, output = Script(tmp_path / "log", *flags, tmp_path / "one").wait()
-    assert status == 0, output
-    for log, processes in (("killed.log", agents), ("two.log", undisturbed)):
-        assert [process.wait(180) for process in processes] == [0] * len(processes), (tmp_path / log).read_text()
+    port = free_port()
+    ranks = [Script(tmp_path / "two.log", *flags, tmp_path / "two", prepare=partial(become_rank, rank, port))
+             for rank in range(2)]  # fmt: skip
+    for script in [*ranks, Script(tmp_path / "one.log", *flags, tmp_path / "one")]:
+        status, output = script.wait()
+        assert status == 0, output
+    for agent in agents:
+        agent.join(120)
+    assert [agent.exitcode for agent in agents] == [0, 0], log.read_text()
 
     assert len(json.loads((tmp_path / "killed" / "provenance.json").read_text())) == 2  # it was resumed
     assert_same_run(tmp_path / "killed", tmp_path / "two")
@@ -446,25 +465,22 @@ SMALL = ["--model", "convit_cifar_nano", "--epochs", "1", "--batch-size", "8", "
 SMALL += ["--device", "cpu"]
 
 
-def test_number_of_workers_does_not_change_the_run(imagenet, tmp_path):
-    flags = ["--data-dir", imagenet, *SMALL, "--run"]
-    for workers in (0, 8):
-        script = Script(tmp_path / f"log{workers}", *flags, tmp_path / f"run{workers}", "--workers", workers,
-                        name="train_imagenet")  # fmt: skip
-        status, output = script.wait()
+def test_number_of_workers_does_not_change_the_run(imagenet, tmp_path, run_script):
+    for workers in (0, 2):
+        flags = ["--data-dir", imagenet, *SMALL, "--run", tmp_path / f"run{workers}", "--workers", workers]
+        status, output = run_script(train_imagenet, *flags)
         assert status == 0, output
-    assert_same_run(tmp_path / "run0", tmp_path / "run8")
+    assert_same_run(tmp_path / "run0", tmp_path / "run2")
     assert read_metrics(tmp_path / "run0")[1]["train_loss"] < 2
 
 
 def test_workers_survive_a_signal_until_the_step_is_saved(imagenet, tmp_path):
     run = tmp_path / "run"
-    flags = ["--data-dir", imagenet, *SMALL, "--workers", "2", "--epochs", "50", "--run", run]
-    script = Script(tmp_path / "log", *flags, name="train_imagenet")
-    script.wait_for(run / "snapshots" / "epoch_0000.pt")
-    deadline = time.monotonic() + 60
-    while not (workers := children_of(script.process.pid)):
-        assert script.process.is_alive() and time.monotonic() < deadline, script.log.read_text()
+    flags = ["--data-dir", imagenet, *SMALL, "--workers", "2", "--steps-per-epoch", "1000", "--run", run]
+    script = Script(tmp_path / "log", *flags, "--save-every", "2", name="train_imagenet")
+    script.wait_for(run / "last.pt")
+    workers = children_of(script.process.pid)
+    assert len(workers) == 2
     for pid in [*workers, script.process.pid]:
         os.kill(pid, signal.SIGTERM)
     status, output = script.wait()
@@ -472,78 +488,65 @@ def test_workers_survive_a_signal_until_the_step_is_saved(imagenet, tmp_path):
     assert "stopped and saved after step" in output
 
 
-def test_unreadable_image_is_named(imagenet, tmp_path):
+def test_unreadable_image_is_named(imagenet, tmp_path, run_script):
     bad = imagenet / "train" / "green" / "3.png"
     bad.write_bytes(bad.read_bytes()[:200])
-    flags = ["--data-dir", imagenet, *SMALL, "--workers", "2", "--aug-repeats", "1", "--run", tmp_path / "run"]
-    status, output = Script(tmp_path / "log1", *flags, "--epochs", "2", name="train_imagenet").wait()
-    assert status == 1 and f"{bad} is truncated or damaged" in output and "Traceback" not in output
-    status, output = Script(tmp_path / "log2", *flags, "--epochs", "2", "--skip-bad-images", "--run", tmp_path / "skip",
-                            name="train_imagenet").wait()  # fmt: skip
+    flags = ["--data-dir", imagenet, *SMALL, "--workers", "2", "--aug-repeats", "1", "--epochs", "2"]
+    status, output = run_script(train_imagenet, *flags, "--run", tmp_path / "run")
+    assert status == 1 and f"{bad} is truncated or damaged" in output
+    status, output = run_script(train_imagenet, *flags, "--run", tmp_path / "skip", "--skip-bad-images")
     assert status == 0 and re.search(f"{bad} is truncated .*; the next one replaces it", output)
 
 
-def test_train_imagenet_on_patterns(tmp_path):
-    flags = [*SMALL, "--dataset", "patterns", "--data-fraction", "0.002", "--workers", "0", "--run", tmp_path / "run"]
+def test_train_imagenet_on_patterns(tmp_path, monkeypatch, run_script):
+    monkeypatch.setattr("training.data.patterns", lambda count, split: patterns(count // 50, split))
+    flags = [*SMALL, "--dataset", "patterns", "--data-fraction", "0.1", "--workers", "0", "--run", tmp_path / "run"]
     flags += ["--img-size", "16", "--steps-per-epoch", "7"]  # more than a pass over the 40 images
-    status, output = Script(tmp_path / "log", *flags, name="train_imagenet").wait()
-    assert status == 0, output
+    status, output = run_script(train_imagenet, *flags)
+    assert status == 0 and "40 training and 40 test images of 4 classes" in output
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 7]
     weights = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     assert weights["model_config"]["img_size"] == 16 and weights["model"]["pos_embed"].shape[1] == 16
 
 
-def test_evaluation_needs_only_the_validation_images(tree, reference_run, imagenet, tmp_path):
+def test_evaluation_needs_only_the_validation_images(reference_run, imagenet, tmp_path, run_script):
     shutil.rmtree(imagenet / "train")
-    flags = [
-        "--data-dir",
-        imagenet,
-        *SMALL,
-        "--eval",
-        "--weights",
-        reference_run / "best.pt",
-        "--run",
-        tmp_path / "run",
-    ]
-    status, output = Script(tmp_path / "log", *flags, name="train_imagenet").wait()
+    flags = ["--data-dir", imagenet, *SMALL, "--eval", "--weights", reference_run / "best.pt"]
+    status, output = run_script(train_imagenet, *flags, "--run", tmp_path / "run")
     assert status == 0 and "test_accuracy" in output, output
     assert (tmp_path / "run" / "eval.json").exists()
 
 
-def test_missing_and_mismatched_folders_get_one_sentence(imagenet, tmp_path):
+def test_missing_and_mismatched_folders_get_one_sentence(imagenet, tmp_path, run_script):
     def error_of(*flags) -> str:
-        log = tmp_path / f"log{len(list(tmp_path.iterdir()))}"
-        status, output = Script(log, *flags, *SMALL, "--run", tmp_path / "run", name="train_imagenet").wait()
-        assert status == 1 and "Traceback" not in output
+        status, output = run_script(train_imagenet, *flags, *SMALL, "--run", tmp_path / "run")
+        assert status == 1
         return output
 
     nothing = error_of("--data-dir", tmp_path / "nothing")
     assert all(hint in nothing for hint in ("does not exist", "--dataset patterns", "train_cifar.py"))
     assert "leaves no training images" in error_of("--data-dir", imagenet, "--val-fraction", "1")
     (imagenet / "val" / "green").rename(imagenet / "val" / "yellow")
-    assert "classes that are missing from" in (odd := error_of("--data-dir", imagenet)) and "yellow" in odd
+    assert "classes that the training set lacks: yellow" in error_of("--data-dir", imagenet)
     assert not (tmp_path / "run").exists()
 
 
-def test_ablations_of_table_3_are_flags(tree, tmp_path):
-    def first_layer(name: str, *flags) -> tuple[set[str], dict]:
+def test_ablations_of_table_3_are_flags(train, tmp_path):
+    def first_layer(name: str, **values) -> tuple[set[str], dict]:
         """Parameters of the first layer that one epoch changes, and their initial values."""
-        run = tmp_path / name
-        script = Script(tmp_path / f"{name}.log", "--data-dir", tree, "--run", run, *QUICK, "--epochs", "1", *flags)
-        status, output = script.wait()
-        assert status == 0, output
-        first, last = (torch.load(run / "snapshots" / f"epoch_000{epoch}.pt", weights_only=True) for epoch in (0, 1))
-        moved = {key for key, value in last["model"].items() if not torch.equal(value, first["model"][key])}
-        layer = {key.removeprefix("blocks.0.attn.") for key in moved if key.startswith("blocks.0.attn.")}
-        start = {key.removeprefix("blocks.0.attn."): value.float() for key, value in first["model"].items()}
-        return layer, start
+        train(run=tmp_path / name, epochs=1, drop_path=0.2, mixup=0.8, **values)
+        files = [tmp_path / name / "snapshots" / f"epoch_000{epoch}.pt" for epoch in (0, 1)]
+        first, last = (torch.load(file, weights_only=True)["model"] for file in files)
+        start = {key.removeprefix("blocks.0.attn."): value.float() for key, value in first.items()}
+        moved = {key for key, value in last.items() if not torch.equal(value, first[key])}
+        return {key.removeprefix("blocks.0.attn.") for key in moved if key.startswith("blocks.0.attn.")}, start
 
     moved, start = first_layer("full")
     assert moved == {"qk.weight", "v.weight", "pos_proj.weight", "gating_param", "proj.weight", "proj.bias"}
     assert torch.equal(start["v.weight"], torch.eye(144))
-    moved, start = first_layer("no_gating", "--gating", "frozen", "--gate-init", "0")
+    moved, start = first_layer("no_gating", gating="frozen", gate_init=0)
     assert "gating_param" not in moved and start["gating_param"].abs().max() == 0
-    _, start = first_layer("no_conv_init", "--no-conv-init")
+    _, start = first_layer("no_conv_init", conv_init=False)
     assert not torch.equal(start["v.weight"], torch.eye(144))
-    moved, _ = first_layer("frozen", "--freeze-gpsa")
+    moved, _ = first_layer("frozen", freeze_gpsa=True)
     assert moved == {"proj.weight", "proj.bias"}

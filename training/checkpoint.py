@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from convit_min import ConViT
@@ -81,6 +82,11 @@ def write_text(file: Path, text: str):
     os.replace(partial, file)
 
 
+def write_json(file: Path, value):
+    """Write a JSON file atomically."""
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
 def snapshot_epochs(epochs: int, count: int = 16) -> set[int]:
     """Epochs to keep a snapshot of: `count` of them, with 0, 1, and the last, evenly spaced on a logarithmic scale."""
     selected = [0, 1]
@@ -92,25 +98,28 @@ def snapshot_epochs(epochs: int, count: int = 16) -> set[int]:
 
 def provenance(device: torch.device) -> dict:
     """How a result is produced: command, commit, current time, hardware, and versions."""
-    name, gpu = f"CPU, {torch.get_num_threads()} threads", {}
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        gpu = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "driver": nvidia_driver()}
-    script = Path(sys.argv[0])
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by python -m PACKAGE.MODULE
-    program = f"-m {spec.name}" if spec else script.name
-    return {
+    program = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
+    entry = {
         "command": f"python {program} {shlex.join(sys.argv[1:])}".strip(),
         "commit": git_commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": name,
+        "device": f"CPU, {torch.get_num_threads()} threads",
         "processes": world_size(),
-        "cpu": cpu_model(),
+        "cpu": _search(r"model name\s*: (.*)", "/proc/cpuinfo") or platform.processor(),  # not Linux, or not x86
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": version("torchvision"),
-    } | gpu
+    }
+    if device.type == "cuda":
+        entry |= {
+            "device": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _search(r"(\d+\.\d+(?:\.\d+)?)", "/proc/driver/nvidia/version"),
+        }
+    return entry
 
 
 def git_commit() -> str | None:
@@ -122,37 +131,16 @@ def git_commit() -> str | None:
         return None
 
 
-def nvidia_driver() -> str | None:
-    """The version of the NVIDIA driver."""
+def _search(pattern: str, file: str) -> str | None:
+    """The first group of a pattern in a file; None if the file or the pattern is missing."""
     try:
-        version = Path("/proc/driver/nvidia/version").read_text()
+        match = re.search(pattern, Path(file).read_text())
     except OSError:
         return None
-    return re.search(r"\d+\.\d+(\.\d+)?", version)[0]
-
-
-def cpu_model() -> str:
-    """The name of the processor."""
-    try:
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):  # not Linux, or not x86
-        return platform.processor()
-
-
-def record_duration(run_dir: Path, seconds: float, images_per_second: float):
-    """Add the wall-clock time of a run so far, and the speed of its last epoch, to provenance.json."""
-    file = run_dir / "provenance.json"
-    *earlier, entry = json.loads(file.read_text())
-    entry |= {"wall_clock_s": round(seconds), "images_per_second": round(images_per_second)}
-    write_text(file, json.dumps([*earlier, entry], indent=2) + "\n")
+    return match and match[1]
 
 
 def to_json_list(tensor: torch.Tensor) -> list:
     """A tensor as JSON can represent it: rounded to four digits, null for NaN."""
-
-    def convert(value):
-        if isinstance(value, list):
-            return [convert(item) for item in value]
-        return None if value != value else round(value, 4)
-
-    return convert(tensor.tolist())
+    values = tensor.double().cpu().numpy().round(4)
+    return np.where(np.isnan(values), None, values).tolist()

@@ -11,17 +11,16 @@ import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import get_args
 
 import torch
 
 from convit_min import MODELS, ConViT, ConViTConfig, create_model
-from training.distributed import UsageError, UserError, print0, world_size
+from training.distributed import UserError, print0, world_size
 from weights import list_names, load_weights
-
-ConfigType = TypeVar("ConfigType")
 
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CORES = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # available to each process of this machine
@@ -41,39 +40,28 @@ RENAMED_FLAGS = {  # old name in a run folder -> new name
 
 
 def flag(default, text: str, **options):
-    """A dataclass field that is also a command-line flag; `options` go to argparse's add_argument."""
+    """A dataclass field that is also a command-line flag; a number may have a `minimum` and a `maximum`.
+
+    Other options go to argparse's add_argument.
+    """
     return dataclasses.field(default=default, metadata={"help": text, **options})
 
 
-def int_at_least(minimum: int):
-    """An argparse type: an integer of at least `minimum`."""
+def number(kind: type, minimum: float, maximum: float = math.inf):
+    """An argparse type: an int or a float, from `minimum` to `maximum`."""
 
-    def integer(text: str) -> int:
-        if not text.isdigit() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {minimum}")
-        return int(text)
-
-    return integer
-
-
-def float_between(minimum: float, maximum: float = math.inf):
-    """An argparse type: a number from `minimum` to `maximum`."""
-
-    def in_range(text: str) -> float:
-        if not minimum <= float(text) <= maximum:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not minimum <= value <= maximum:
             limit = "" if maximum == math.inf else f" and at most {maximum:g}"
             raise argparse.ArgumentTypeError(f"{text!r} must be at least {minimum:g}{limit}")
-        return float(text)
+        return value
 
-    in_range.__name__ = "float"  # for the message about text that is no number
-    return in_range
+    parse.__name__ = kind.__name__  # for the message about text that is no number
+    return parse
 
 
-def fraction(text: str) -> float:
-    """An argparse type: a number above 0 and at most 1."""
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and at most 1")
-    return float(text)
+int_at_least = partial(number, int)
 
 
 def interval(text: str) -> str:
@@ -85,44 +73,54 @@ def interval(text: str) -> str:
 
 @dataclass
 class RunConfig:
-    """Flags of both scripts; each script adds its datasets and its recipe.
+    """Flags of both scripts. Each script adds its own, and sets defaults, as in `epochs: int = 30`.
 
-    In Python, too, values are checked, and converted, as on the command line. Raises UsageError for invalid ones.
+    In Python, too, values are checked, and converted, as on the command line. Raises UserError for invalid ones.
     """
 
     # data
-    data_fraction: float = flag(1.0, "fraction of every class to train on, drawn with --seed", type=fraction)
+    workers: int = flag(CORES, "image-decoding processes of each training process; train_cifar.py: threads", minimum=0)
+    data_fraction: float = flag(1.0, "fraction of every class to train on, drawn with --seed", minimum=1e-6, maximum=1)
     scale_epochs: bool = flag(False, "multiply the epochs by 1 / --data-fraction: as many steps as on all data")
     val_fraction: float | None = flag(
-        None, "hold out this fraction of the training set, and evaluate on it instead of the test set", type=fraction
+        None, "evaluate on this held-out fraction of the training set, not on the test set", minimum=1e-6, maximum=1
     )
     skip_bad_images: bool = flag(False, "leave out unreadable images, with a note")
     # model
-    model: str = flag("convit_tiny", "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
+    model: str = flag(None, "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
     weights: str | None = flag(
         None, "initialize from a run, file, or released model; for other classes, the classifier starts untrained"
     )
-    img_size: int | None = flag(None, "image size in pixels (default: the model's)", type=int_at_least(1))
-    patch_size: int | None = flag(None, "patch size in pixels (default: the model's)", type=int_at_least(1))
-    gpsa_layers: int | None = flag(None, "number of GPSA blocks (default: the model's)", type=int_at_least(0))
-    locality_strength: float = flag(1.0, "alpha of the convolutional initialization", type=float_between(0))
+    img_size: int | None = flag(None, "image size in pixels (default: the model's)", minimum=1)
+    patch_size: int | None = flag(None, "patch size in pixels (default: the model's)", minimum=1)
+    gpsa_layers: int | None = flag(None, "number of GPSA blocks (default: the model's)", minimum=0)
+    locality_strength: float = flag(1.0, "alpha of the convolutional initialization", minimum=0)
     conv_init: bool = flag(True, "initialize GPSA as a convolution")
     gating: str = flag("learned", "frozen keeps the gates at --gate-init", choices=["learned", "frozen"])
     gate_init: float = flag(1.0, "initial gates, as logits: 1 gives 0.73, 0 gives 0.5")
     freeze_gpsa: bool = flag(False, "freeze the attention of GPSA: qk, v, positions, and gates")
     pool: str = flag("token", "classify from the class token or the mean of patch tokens", choices=["token", "mean"])
-    drop_path: float = flag(0.0, "stochastic depth rate of the last block", type=float_between(0, 1))
+    drop_path: float = flag(0.0, "stochastic depth rate of the last block", minimum=0, maximum=1)
     # optimization
-    epochs: int = flag(300, "number of epochs", type=int_at_least(1))
+    epochs: int = flag(None, "number of epochs", minimum=1)
     steps_per_epoch: int | None = flag(
-        None, "optimizer steps per epoch (default: one pass over the training set)", type=int_at_least(1)
+        None, "optimizer steps per epoch (default: one pass over the training set)", minimum=1
     )
-    batch_size: int = flag(512, "global batch size, over all processes", type=int_at_least(1))
-    grad_accum_steps: int = flag(1, "gradient accumulation: micro-batches per step", type=int_at_least(1))
-    warmup_epochs: float = flag(5.0, "epochs of linear warm-up", type=float_between(0))
-    clip_grad: float = flag(0.0, "max gradient norm (0: off)", type=float_between(0))
+    batch_size: int = flag(None, "global batch size, over all processes", minimum=1)
+    grad_accum_steps: int = flag(1, "gradient accumulation: micro-batches per step", minimum=1)
+    lr: float = flag(None, "peak learning rate", minimum=0)
+    gate_lr_scale: float = flag(None, "learning-rate multiplier for the gates; above 1 for short runs", minimum=0)
+    warmup_epochs: float = flag(None, "epochs of linear warm-up", minimum=0)
+    weight_decay: float = flag(None, "AdamW weight decay, matrices only", minimum=0)
+    clip_grad: float = flag(0.0, "max gradient norm (0: off)", minimum=0)
+    ema_decay: float = flag(None, "decay of the moving average of the weights (0: off)", minimum=0, maximum=1)
+    # augmentation
     hflip: bool = flag(True, "random horizontal flip; turn it off for digits or letters")
-    mixup_off_epochs: int = flag(0, "final epochs without mixup and cutmix", type=int_at_least(0))
+    label_smoothing: float = flag(None, "label smoothing", minimum=0, maximum=1)
+    mixup: float = flag(None, "mixup alpha (0: off)", minimum=0)
+    cutmix: float = flag(None, "cutmix alpha (0: off)", minimum=0)
+    mixup_off_epochs: int = flag(0, "final epochs without mixup and cutmix", minimum=0)
+    random_erasing: float = flag(None, "probability of random erasing", minimum=0, maximum=1)
     # execution
     seed: int = flag(0, "random seed of the weights, the data order, and augmentation")
     amp: str = flag(
@@ -131,7 +129,7 @@ class RunConfig:
     compile: bool = flag(False, "torch.compile the model")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
     # run folder
-    run: str = flag("runs/run", "run folder to write")
+    run: str = flag(None, "run folder to write; with several machines, on a shared disk")
     tensorboard: bool = flag(False, "also write TensorBoard events")
     save_every: str | None = flag(None, "also save every N steps, or N minutes as in 10m", type=interval)
     resume: bool = flag(False, "resume from last.pt in --run")
@@ -159,17 +157,15 @@ class RunConfig:
 
     def check(self, num_train: int):
         """Raise UserError for a batch size that cannot be split, or a package or precision that is not available."""
-        num_splits = world_size() * self.grad_accum_steps
         if self.csv and not self.eval:
             raise UserError("--csv needs --eval")
         if self.tensorboard and not find_spec("tensorboard"):
             raise UserError("--tensorboard needs a package: pip install tensorboard")
         if self.amp == "bf16" and self.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError("this GPU does not support bf16: use --amp fp16")
-        if self.batch_size % num_splits:
-            raise UserError(
-                f"--batch-size {self.batch_size} must be a multiple of processes x --grad-accum-steps = {num_splits}"
-            )
+        if self.batch_size % (splits := world_size() * self.grad_accum_steps):
+            multiple = f"a multiple of processes x --grad-accum-steps = {splits}"
+            raise UserError(f"--batch-size {self.batch_size} must be {multiple}")
         if num_train < self.batch_size and not self.eval:
             raise UserError(f"--batch-size {self.batch_size} exceeds the {num_train} training images: lower it")
         if self.steps_per_epoch and self.scale_epochs:
@@ -181,10 +177,8 @@ class RunConfig:
         """Raise UserError if a flag differs from the saved run and may not change on --resume."""
         for name, value in vars(self).items():
             if name not in CHANGEABLE_ON_RESUME and value != saved.get(name):
-                flag_name = "--" + name.replace("_", "-")
-                raise UserError(
-                    f"the run has {flag_name} {saved.get(name)}, not {value}: omit the flag, or choose another --run"
-                )
+                difference = f"--{name.replace('_', '-')} {saved.get(name)}, not {value}"
+                raise UserError(f"the run has {difference}: omit the flag, or choose another --run")
 
 
 def build_model(config: RunConfig, classes: list[str]) -> ConViT:
@@ -212,10 +206,10 @@ def freeze_gpsa(model: ConViT):
         model.blocks[index].attn.proj.requires_grad_(True)
 
 
-def parse_flags(config_class: type[ConfigType], description: str) -> ConfigType:
+def parse_flags(config_class: type[RunConfig], description: str) -> RunConfig:
     """Parse the command line. --config FILE, and --resume with the run's config.json, replace the defaults.
 
-    Raises UsageError for an unknown flag, an invalid value, or a config file that does not match.
+    Raises UserError for an unknown flag, an invalid value, or a config file that does not match.
     """
     parser = _flag_parser(config_class, description)
     parser.add_argument("--config", metavar="FILE", help="repeat a run from its config.json; other flags override it")
@@ -223,22 +217,30 @@ def parse_flags(config_class: type[ConfigType], description: str) -> ConfigType:
     use_saved_config = args.resume or (args.eval and not args.weights)
     file = args.config or (Path(args.run) / "config.json" if use_saved_config else None)
     if file:
-        saved_flags = _read_flags(config_class, file, exclude_weights=args.eval)
+        excluded = ["run", "resume", "eval", "device", "workers"]  # flags of one command or machine
+        excluded += ["weights"] if args.eval else []  # those that the run started from
+        saved = _read_config(config_class, file)
+        saved_flags = as_flags({name: value for name, value in saved.items() if name not in excluded})
         args = parser.parse_args([*saved_flags, *sys.argv[1:]])  # validated like typed ones
     values = vars(args)
     del values["config"]
     return config_class(**values)
 
 
-def _flag_parser(config_class: type, description: str = "") -> argparse.ArgumentParser:
+def _flag_parser(config_class: type[RunConfig], description: str = "") -> argparse.ArgumentParser:
     """A parser with a flag per field."""
-    parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    inherited = {field.name: field.metadata for field in dataclasses.fields(RunConfig)}
     for field in dataclasses.fields(config_class):
-        options = dict(field.metadata)
-        if field.type is bool:
+        options = dict(field.metadata or inherited[field.name])
+        options["help"] += "" if field.default is None else " (default: %(default)s)"
+        kind = (get_args(field.type) or [field.type])[0]  # str of "str | None"
+        if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif "minimum" in options:
+            options["type"] = number(kind, options.pop("minimum"), options.pop("maximum", math.inf))
         else:
-            options.setdefault("type", (get_args(field.type) or [field.type])[0])  # str of "str | None"
+            options.setdefault("type", kind)
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
     return parser
 
@@ -255,54 +257,32 @@ def as_flags(values: dict) -> list[str]:
     return flags
 
 
-def _read_flags(config_class: type, file: str | Path, exclude_weights: bool) -> list[str]:
-    """The flags in a config.json, except those of one invocation (--run, --resume, --eval) or of a machine.
-
-    To evaluate a run, exclude also the weights that it started from.
-    """
+def _read_config(config_class: type[RunConfig], file: str | Path) -> dict:
+    """The content of a config.json. Raises UserError if it is missing, or does not match the script."""
+    names = {field.name for field in dataclasses.fields(config_class)}
     try:
-        values = json.loads(Path(file).read_text())
+        values = dict(json.loads(Path(file).read_text()))
     except OSError as error:
         message = f"no run to resume, repeat, or evaluate: {file} cannot be opened ({error.strerror})"
-        raise UsageError(message) from error
-    except ValueError:
-        values = None
-    names = {field.name for field in dataclasses.fields(config_class)}
-    if isinstance(values, dict) and (old := values.keys() & RENAMED_FLAGS.keys() - names):
-        renamed = ", ".join(
-            f"--{name} is now --{RENAMED_FLAGS[name]}".replace("_", "-") for name in RENAMED_FLAGS if name in old
-        )
-        raise UsageError(
-            f"{file} was written by an older version ({renamed}): start a new run with the new flags, for example from "
-            "its best.pt with --weights"
-        )
-    if not isinstance(values, dict) or not values.keys() & names:
-        raise UsageError(f"{file} is not a config.json of this script")
+        raise UserError(message) from error
+    except (ValueError, TypeError) as error:  # not JSON, or not a dictionary
+        raise UserError(f"{file} is not a config.json of this script") from error
     if unknown := values.keys() - names:
-        nearest = _nearest(unknown, names)
-        raise UsageError(f"{file} has unknown keys: {list_names(unknown)}; did you mean {nearest}, or is it a run of "
-                         "the other training script?")  # fmt: skip
-    excluded = ("run", "resume", "eval", "device", "workers", *(["weights"] if exclude_weights else []))
-    return as_flags({name: value for name, value in values.items() if name not in excluded})
+        nearest = {RENAMED_FLAGS.get(name) or _nearest(name, names) for name in unknown}
+        message = f"{file} has unknown keys: {list_names(unknown)} (did you mean {list_names(nearest)}?)"
+        raise UserError(f"{message}; if the other script or an older version wrote it, start a new run")
+    return values
 
 
-def _nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """The known name that is most similar to any of the unknown ones."""
-    names = list(known)
-    return max(names, key=lambda name: max(difflib.SequenceMatcher(None, name, other).ratio() for other in unknown))
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The most similar known name."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises UsageError instead of exiting, and suggests the nearest flag."""
+    """Raises UserError instead of exiting, and suggests the nearest flag."""
 
     def error(self, message: str):
-        if unknown := re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []:
-            message += f"; did you mean {_nearest(unknown, self._option_string_actions)}?"
-        raise UsageError(message) from None
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description as written, and shows the default of every flag that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default is None else super()._get_help_string(action)
+        if unknown := re.match(r"unrecognized.*?(--[\w-]+)", message):
+            message += f"; did you mean {_nearest(unknown[1], self._option_string_actions)}?"
+        raise UserError(message, status=2) from None  # as argparse

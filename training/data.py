@@ -1,21 +1,21 @@
-"""Datasets in memory (CIFAR, folders of small images, patterns), and what all datasets share: splits and order."""
+"""The images of a run: what all datasets share (splits, classes, order), and datasets that are kept in memory."""
 
 import math
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from convit_min import MODELS
 from images import default_crop_pct, load_crop, normalize
 from training.augment import derive_seed
 from training.distributed import UserError, barrier, from_rank0, local_rank, print0, rank, world_size
-from training.folders import SPLITS, describe_missing, find_images, find_split, has_class_folders
+from training.folders import find_images, find_split, has_images
 from training.patterns import TEXTURES, patterns
 from weights import list_names
 
@@ -23,26 +23,29 @@ DATASETS = ["cifar10", "cifar100", "folder", "patterns"]
 NUM_SAMPLES = 64  # images on which the heads are measured every epoch
 
 
-class ImageSet(NamedTuple):
-    """Labeled images of one size, or image files to decode."""
+@dataclass
+class ImageSet:
+    """Labeled images: pixels, or files to decode."""
 
-    images: Tensor | None  # uint8, n 3 H W; None before decoding
+    images: Tensor | np.ndarray  # uint8, n 3 H W; or paths, n
     labels: Tensor  # int64, n
     classes: list[str]
-    files: list[Path] | None = None  # if they come from files
 
-    def to(self, device: torch.device) -> "ImageSet":
-        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def select(self, index: Tensor) -> "ImageSet":
         """The images of these indices."""
-        files = self.files and [self.files[position] for position in index.tolist()]
-        images = None if self.images is None else self.images[index.to(self.images.device)]
-        return self._replace(images=images, labels=self.labels[index.to(self.labels.device)], files=files)
+        return ImageSet(self.images[index.numpy()], self.labels[index], self.classes)
 
 
-class InMemoryData:
-    """The training and evaluation images of a run, in the memory of its device."""
+class RunData:
+    """The training and evaluation images of a run. Subclasses load them.
+
+    `num_train` and `num_eval` include unreadable files.
+    """
+
+    eval_splits = "test", "val", "valid"  # names of the folder with evaluation images; the first one that exists
 
     def __init__(self, config, device: torch.device, crop_pct: float | None = None):
         """Raises UserError, saying what to do, if images are missing or unusable.
@@ -50,48 +53,61 @@ class InMemoryData:
         `crop_pct` is the fraction of the sides of an evaluation image that is kept, by default that of its size.
         """
         config.dataset = config.dataset or infer_dataset(config.data_dir, type(config).data_dir)
-        size = config.img_size or MODELS[config.model].img_size
-        is_folder = config.dataset == "folder"
-        self.config, self.crop_pct = config, (crop_pct or default_crop_pct(size, size)) if is_folder else 1.0
-        if is_folder:
-            train, test = from_rank0(find_image_sets, config, ("test", "val", "valid"))
+        self.config, self.device = config, device
+        self.size = config.img_size or MODELS[config.model].img_size
+        self.is_folder = config.dataset in ("folder", "imagenet")
+        if self.is_folder:
+            self.crop_pct = crop_pct or default_crop_pct(self.size, self.size)
+            self.train, self.test = from_rank0(split_sets, config, partial(load_files, config, self.eval_splits))
+            self.eval_names = self.test.images
         else:
-            train, test = split_sets(config, lambda split: load_images(config, split, size))
-        set_counts(self, train, test, device)
-        if is_folder:  # training sees all of the center
-            train, test = decode(train, size, config), decode(test, size, config, self.crop_pct)
-        self.train, self.test = train.to(device), test.to(device)
-        self.sample_images = normalize(self.test.select(sample_indices(len(test.labels))).images)
+            self.crop_pct = 1.0
+            self.train, self.test = split_sets(config, partial(load_images, config, self.size))
+            self.eval_names = range(len(self.test))
+        self.classes, self.num_train, self.num_eval = self.train.classes, len(self.train), len(self.test)
+        self.epoch_length = config.epoch_length(self.num_train)  # in images
+        self.eval_split = "validation" if config.val_fraction or config.dataset == "imagenet" else "test"
+
+        source = "patterns" if config.dataset == "patterns" else config.data_dir
+        training = "" if config.eval else f"{self.num_train} training and "
+        images = f"{training}{self.num_eval} {self.eval_split} images of {len(self.classes)} classes"
+        print0(f"{source}: {images}; {config.model}, {device}")
+        if config.eval and config.val_fraction:
+            same = "the same --val-fraction, --seed, and files"
+            print0(f"note: the model has not seen these images only if it was trained with {same}")
+
+    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All evaluation images once, over all processes: pixels in 0..255 (b 3 H W), labels (b), and indices (b)."""
+        return self._load_test(torch.arange(len(self.test))[rank() :: world_size()])
+
+    @cached_property
+    def sample_images(self) -> Tensor:
+        """Evaluation images on which the heads are measured, normalized: evenly spaced, so of all classes."""
+        count = len(self.test)
+        indices = torch.linspace(0, count - 1, min(count, NUM_SAMPLES)).long()
+        return normalize(torch.cat([images for images, *_ in self._load_test(indices)]))
+
+
+class InMemoryData(RunData):
+    """All images in the memory of the device: CIFAR, patterns, or a folder of small images."""
+
+    def __init__(self, config, device: torch.device, crop_pct: float | None = None):
+        super().__init__(config, device, crop_pct)
+        if self.is_folder:
+            self.train, _ = decode(self.train, self.size, config)  # training sees all of the center
+            self.test, self.eval_names = decode(self.test, self.size, config, self.crop_pct)
+        for image_set in (self.train, self.test):
+            image_set.images, image_set.labels = image_set.images.to(device), image_set.labels.to(device)
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels in 0..255 (b 3 H W) and labels (b) of this process, for every step of an epoch from `first_step`."""
-        labels = self.train.labels
-        order = epoch_order(len(labels), self.config.seed, epoch, length=self.epoch_length).to(labels.device)
+        order = epoch_order(len(self.train), self.config.seed, epoch, length=self.epoch_length).to(self.device)
         for indices in shard_batches(order, self.config.batch_size, first_step):
-            yield self.train.images[indices], labels[indices]
+            yield self.train.images[indices], self.train.labels[indices]
 
-    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All evaluation images once, over all processes: pixels, labels, and indices."""
-        return eval_batches(self.test, self.config.device_batch_size)
-
-    def eval_file(self, index: int) -> str:
-        """The file of an evaluation image, or its index in the dataset."""
-        return str(self.test.files[index] if self.test.files else index)
-
-
-def set_counts(data, train: ImageSet, test: ImageSet, device: torch.device):
-    """Set the attributes of a run's data that follow from its image sets, unreadable files included; print them."""
-    config = data.config
-    data.classes, data.num_train, data.num_eval = train.classes, len(train.labels), len(test.labels)
-    data.epoch_length = config.epoch_length(data.num_train)  # in images
-    data.eval_split = "validation" if config.val_fraction or config.dataset == "imagenet" else "test"
-    source = "patterns" if config.dataset == "patterns" else config.data_dir
-    training = "" if config.eval else f"{data.num_train} training and "
-    print0(f"{source}: {training}{data.num_eval} {data.eval_split} images of {len(data.classes)} classes; "
-           f"{config.model}, {device}")  # fmt: skip
-    if config.eval and config.val_fraction:
-        print0("note: the model has not seen these images only if it was trained with the same --val-fraction, --seed, "
-               "and files")  # fmt: skip
+    def _load_test(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for batch in indices.to(self.device).split(self.config.device_batch_size):
+            yield self.test.images[batch], self.test.labels[batch], batch
 
 
 def split_sets(config, load: Callable[[str], ImageSet]) -> tuple[ImageSet, ImageSet]:
@@ -109,7 +125,11 @@ def split_sets(config, load: Callable[[str], ImageSet]) -> tuple[ImageSet, Image
     if config.val_fraction:
         train, test = map(train.select, split_train_val(train.labels, config.val_fraction, config.seed))
     else:
-        test = align_classes(load("test"), train.classes, config.data_dir)
+        test = load("test")
+        if missing := set(train.classes) - set(test.classes):
+            print0(f"note: {config.data_dir} has no evaluation images of {list_names(missing)}")
+        labels = index_classes(test.classes, train.classes, "the training set")[test.labels]
+        test = ImageSet(test.images, labels, train.classes)
     if config.eval:
         train = train.select(torch.arange(0))
     elif config.data_fraction < 1:
@@ -117,46 +137,46 @@ def split_sets(config, load: Callable[[str], ImageSet]) -> tuple[ImageSet, Image
     return train, test
 
 
-def align_classes(test: ImageSet, classes: list[str], data_dir: str) -> ImageSet:
-    """An evaluation set with labels that index the classes of training. Raises UserError if it has other classes."""
-    if unknown := set(test.classes) - set(classes):
-        raise UserError(f"the evaluation images of {data_dir} have classes that are missing from the training images: "
-                        f"{list_names(unknown)}")  # fmt: skip
-    if missing := set(classes) - set(test.classes):
-        print0(f"note: {data_dir} has no evaluation images of {list_names(missing)}")
-    indices = torch.tensor([classes.index(name) for name in test.classes])
-    return test._replace(labels=indices[test.labels], classes=classes)
+def index_classes(classes: list[str], known: list[str], source: str) -> Tensor:
+    """The index of every class among the known ones, those of `source` (k). Raises UserError if one is not known."""
+    if unknown := set(classes) - set(known):
+        found = f"the evaluation images have classes that {source} lacks: {list_names(unknown)}"
+        raise UserError(f"{found} (it has {list_names(known)}); rename the folders, or train on these classes")
+    return torch.tensor([known.index(name) for name in classes])
 
 
 def infer_dataset(data_dir: str, default_dir: str) -> str:
-    """Return "folder" if data_dir contains image folders, "cifar10" if it contains CIFAR-10 or is the default folder.
-
-    Raises UserError for any other folder, which is probably a typo.
-    """
+    """Return "cifar10" if data_dir contains CIFAR-10, or is the default folder without images; else "folder"."""
     root = Path(data_dir)
-    if any(os.path.isdir(root / split) for split in SPLITS) or has_class_folders(root):
-        return "folder"
-    if data_dir == default_dir or os.path.isdir(root / cifar_class("cifar10").base_folder):
+    if not has_images(root) and (data_dir == default_dir or (root / cifar_class("cifar10").base_folder).is_dir()):
         return "cifar10"
-    raise UserError(describe_missing(root))
+    return "folder"
 
 
-def cifar_class(dataset: str | None) -> type | None:
-    """torchvision's class of a CIFAR dataset; None for any other dataset."""
-    from torchvision import datasets  # slow to import
+def load_files(config, eval_splits: tuple[str, ...], split: str) -> ImageSet:
+    """The files of the "train" or the "test" images in --data-dir. Raises UserError, saying what to do, without any."""
+    tree = find_images(find_split(config, split, eval_splits))
+    files = [file for files in tree.values() for file in files]
+    labels = [label for label, files in enumerate(tree.values()) for _ in files]
+    return ImageSet(np.array(files), torch.tensor(labels), list(tree))
 
-    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}.get(dataset)
 
-
-def load_images(config, split: str, img_size: int) -> ImageSet:
+def load_images(config, img_size: int, split: str) -> ImageSet:
     """The "train" or the "test" set of CIFAR or of the synthetic patterns dataset (20,000 and 2,000 images)."""
-    if config.dataset != "patterns":
-        return load_cifar(config.dataset, config.data_dir, split, img_size)
-    images, labels = patterns(20_000 if split == "train" else 2_000, split)
-    return ImageSet(resize(images, img_size), labels, TEXTURES)
+    if config.dataset == "patterns":
+        images, labels = patterns(20_000 if split == "train" else 2_000, split)
+        image_set = ImageSet(images, labels, TEXTURES)
+    else:
+        image_set = load_cifar(config.dataset, config.data_dir, split)
+    if img_size != image_set.images.shape[-1]:
+        from torchvision.transforms import v2  # slow to import
+
+        chunks = image_set.images.split(1000)  # resizing takes four bytes per uint8 pixel
+        image_set.images = torch.cat([v2.functional.resize(chunk, [img_size, img_size]) for chunk in chunks])
+    return image_set
 
 
-def load_cifar(dataset: str, data_dir: str, split: str, img_size: int = 32) -> ImageSet:
+def load_cifar(dataset: str, data_dir: str, split: str) -> ImageSet:
     """CIFAR-10 or CIFAR-100; torchvision downloads and verifies it if data_dir does not contain it."""
     if local_rank() > 0:
         barrier()  # local rank 0 downloads
@@ -170,60 +190,42 @@ def load_cifar(dataset: str, data_dir: str, split: str, img_size: int = 32) -> I
     if local_rank() == 0:
         barrier()
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(resize(images, img_size), torch.tensor(cifar.targets), cifar.classes)
+    return ImageSet(images, torch.tensor(cifar.targets), cifar.classes)
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """Square images (... 3 H H) resized to size x size."""
-    if images.shape[-1] == size:
-        return images
-    from torchvision.transforms import v2  # slow to import
+def cifar_class(dataset: str | None) -> type | None:
+    """torchvision's class of a CIFAR dataset; None for any other dataset."""
+    from torchvision import datasets  # slow to import
 
-    chunks = images.split(1000)  # resizing takes four bytes per uint8 pixel
-    return torch.cat([v2.functional.resize(chunk, [size, size]) for chunk in chunks])
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}.get(dataset)
 
 
-def find_image_sets(config, eval_splits: tuple[str, ...]) -> tuple[ImageSet, ImageSet]:
-    """The files of --data-dir as `split_sets` returns them; evaluation is on the first of `eval_splits` that exists.
-
-    Raises UserError, saying what to do, if folders are missing or unusable.
-    """
-
-    def load(split: str) -> ImageSet:
-        tree = find_images(find_split(config, split, eval_splits))
-        labels = torch.arange(len(tree)).repeat_interleave(torch.tensor([len(files) for files in tree.values()]))
-        return ImageSet(None, labels, list(tree), [file for files in tree.values() for file in files])
-
-    return split_sets(config, load)
-
-
-def decode(image_set: ImageSet, img_size: int, config, crop_pct: float = 1.0) -> ImageSet:
-    """Decode all files, in parallel, and center-crop them to squares of img_size.
+def decode(files: ImageSet, size: int, config, crop_pct: float = 1.0) -> tuple[ImageSet, np.ndarray]:
+    """Decode all files, in parallel, and center-crop them to squares of `size` pixels. Returns them, and their files.
 
     Raises UserError for files that cannot be read; with --skip-bad-images, they are left out, with a note.
     """
-    files = image_set.files
-    images = torch.empty(len(files), 3, img_size, img_size, dtype=torch.uint8)
+    pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
 
     def read(index: int) -> str:
         try:
-            images[index] = load_crop(files[index], img_size, img_size, crop_pct)
+            pixels[index] = load_crop(files.images[index], size, size, crop_pct)
         except ValueError as error:
             return str(error)
         return ""
 
-    with ThreadPoolExecutor(max(config.workers, 1)) as pool:  # Pillow releases the GIL while it decodes
-        results = pool.map(read, range(len(files)))
-        errors = list(tqdm(results, "reading images", len(files), leave=False, disable=None))
-    image_set = image_set._replace(images=images)
+    options = {"max_workers": max(config.workers, 1), "desc": "reading images", "leave": False, "disable": None}
+    errors = thread_map(read, range(len(files)), **options)  # Pillow releases the GIL while it decodes
+    decoded = ImageSet(pixels, files.labels, files.classes)
     bad = [error for error in errors if error]
     if not bad:
-        return image_set
+        return decoded, files.images
     message = f"{len(bad)} of {len(files)} images cannot be read: {list_names(bad)}"
     if not config.skip_bad_images or len(bad) == len(files):
         raise UserError(f"{message}; {remedy(config)}")
     print0(f"note: {message}; they are left out")
-    return image_set.select(torch.tensor([not error for error in errors]).nonzero()[:, 0])
+    is_good = torch.tensor([not error for error in errors])
+    return decoded.select(is_good), files.images[is_good.numpy()]
 
 
 def remedy(config) -> str:
@@ -234,8 +236,6 @@ def remedy(config) -> str:
 
 def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     """Sorted indices of a random fraction of every class, at least one image each."""
-    if fraction == 1:
-        return torch.arange(len(labels))
     generator = torch.Generator().manual_seed(derive_seed(seed, "subset"))
     order = torch.randperm(len(labels), generator=generator)
     shuffled_labels, selected = labels[order], []
@@ -273,19 +273,7 @@ def epoch_order(num_train: int, seed: int, epoch: int, repeats: int = 1, length:
     return torch.cat(passes)[start % num_train :][:length]
 
 
-def shard_batches(order: Tensor, batch_size: int, first_step: int = 0) -> Iterator[Tensor]:
+def shard_batches(order: Sequence, batch_size: int, first_step: int = 0) -> Iterator[Sequence]:
     """This process's share of every global batch from `first_step` on; an incomplete last batch is dropped."""
     for step in range(first_step, len(order) // batch_size):
         yield order[step * batch_size : (step + 1) * batch_size][rank() :: world_size()]
-
-
-def eval_batches(image_set: ImageSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This process's share of all images, every image once: pixels, labels, and indices."""
-    images, labels = image_set.images, image_set.labels
-    tensors = images, labels, torch.arange(len(labels), device=labels.device)
-    return zip(*(tensor[rank() :: world_size()].split(batch_size) for tensor in tensors), strict=True)
-
-
-def sample_indices(num_images: int) -> Tensor:
-    """Evenly spaced indices, so that sorted classes are all represented."""
-    return torch.linspace(0, num_images - 1, min(num_images, NUM_SAMPLES)).long()

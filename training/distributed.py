@@ -17,13 +17,10 @@ from torch import Tensor
 class UserError(Exception):
     """Something the user can change: the message says in one sentence what is wrong and what to do."""
 
-    status = 1  # of the process that ends with it
-
-
-class UsageError(UserError):
-    """A flag, or a value of a config, that is unknown or invalid."""
-
-    status = 2  # as argparse
+    def __init__(self, message: str, status: int = 1):
+        """`status` is that of a process that ends with this error."""
+        super().__init__(message)
+        self.status = status
 
 
 class RankError(UserError):
@@ -32,10 +29,6 @@ class RankError(UserError):
 
 class Stopped(UserError):
     """A signal stopped training, and its state was saved."""
-
-    def __init__(self, message: str, status: int):
-        super().__init__(message)
-        self.status = status
 
 
 def rank() -> int:
@@ -133,16 +126,11 @@ def barrier():
 
 def all_reduce_mean(value: Tensor) -> Tensor:
     """Mean over all processes."""
-    return all_reduce_sum(value) / world_size()
-
-
-def all_reduce_sum(value: Tensor) -> Tensor:
-    """Sum over all processes."""
     if not dist.is_initialized():
         return value
     value = value.clone()
     dist.all_reduce(value)
-    return value
+    return value / world_size()
 
 
 def all_gather(rows: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor
 from convit_min import ConViT
 from images import normalize
 from training import checkpoint, distributed
+from training.data import index_classes
 from training.distributed import UserError, print0
 from training.optim import autocast
-from weights import class_names, infer_model, list_names, open_model
+from weights import infer_model, open_model
 
 
 class Predictions(NamedTuple):
@@ -30,16 +31,9 @@ class Predictions(NamedTuple):
 
     def metrics(self, num_classes: int) -> dict[str, float]:
         """Mean loss, and top-1 and (of more than five classes) top-5 accuracy in percent."""
-        is_correct = (self.label == self.predicted).double()
-        columns = {"test_loss": self.loss, "test_accuracy": 100 * is_correct, "test_accuracy_top5": 100 * self.in_top5}
-        if num_classes <= 5:
-            del columns["test_accuracy_top5"]
-        return {name: column.mean().item() for name, column in columns.items()}
-
-    def confusion(self, num_classes: int) -> Tensor:
-        """How many images of each class (rows) are predicted as each class (columns): k k."""
-        pairs = (self.label * num_classes + self.predicted).long()
-        return pairs.bincount(minlength=num_classes**2).unflatten(0, (num_classes, num_classes))
+        metrics = {"test_loss": self.loss, "test_accuracy": 100.0 * (self.label == self.predicted).double()}
+        metrics |= {"test_accuracy_top5": 100 * self.in_top5} if num_classes > 5 else {}
+        return {name: values.mean().item() for name, values in metrics.items()}
 
 
 @torch.inference_mode()
@@ -86,30 +80,31 @@ def evaluate_weights(config, load_data: Callable):
     label_map = match_classes(model, data.classes, config.weights).to(device)
     batches = ((images, label_map[labels], indices) for images, labels, indices in data.eval_batches())
     predictions = predict_all(model, batches, device, config.amp)
-    metrics, num_images = predictions.metrics(len(model.classes)), len(predictions.index)
-    folder, classes = Path(config.run), model.classes
+
+    folder, classes, k = Path(config.run), model.classes, len(model.classes)
+    metrics, count = predictions.metrics(k), len(predictions.index)
     scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-    print0(f"{config.weights}: {scores} ({num_images} {data.eval_split} images; report in {folder}/eval.json)")
+    print0(f"{config.weights}: {scores} ({count} {data.eval_split} images; report in {folder}/eval.json)")
     if distributed.rank() > 0:
         return
-
-    confusion = predictions.confusion(len(classes))
+    report = {"weights": config.weights, "data_dir": config.data_dir, "split": data.eval_split, "images": count}
+    cells = (predictions.label * k + predictions.predicted).long()
+    confusion = cells.bincount(minlength=k * k).unflatten(0, (k, k))  # rows: labels, columns: predictions
     per_class = {
         name: {"images": total, "test_accuracy": 100 * correct / total if total else None}
         for name, total, correct in zip(classes, confusion.sum(1).tolist(), confusion.diag().tolist(), strict=True)
     }
-    report = {"weights": config.weights, "data_dir": config.data_dir, "split": data.eval_split, "images": num_images}
-    report |= metrics | {"classes": per_class, "confusion": confusion.tolist()}  # rows: labels, columns: predictions
-    folder.mkdir(parents=True, exist_ok=True)
+    report |= metrics | {"classes": per_class, "confusion": confusion.tolist()}
     report |= {"provenance": checkpoint.provenance(device)}
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(folder / "eval.json", json.dumps(report, ensure_ascii=False) + "\n")
     if config.csv:
         with open(folder / "eval.csv", "w", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(["file", "class", "predicted", "probability", "loss"])
             for index, label, predicted, probability, loss, _ in zip(*map(Tensor.tolist, predictions), strict=True):
-                name = data.eval_file(int(index))
-                rows.writerow([name, classes[int(label)], classes[int(predicted)], f"{probability:.4f}", f"{loss:.4f}"])
+                names = data.eval_names[int(index)], classes[int(label)], classes[int(predicted)]
+                rows.writerow([*names, f"{probability:.4f}", f"{loss:.4f}"])
 
 
 def match_classes(model: ConViT, classes: list[str], source: str) -> Tensor:
@@ -117,16 +112,9 @@ def match_classes(model: ConViT, classes: list[str], source: str) -> Tensor:
 
     Raises UserError if a name, or without names their number, does not match.
     """
-    if model.classes == class_names(len(model.classes)):  # the file has none
-        if len(classes) != len(model.classes):
-            raise UserError(
-                f"{source} has {len(model.classes)} classes, but the images have {len(classes)}: fine-tune it first, "
-                "with --weights and without --eval"
-            )
-        return torch.arange(len(classes))
-    if unknown := set(classes) - set(model.classes):
-        raise UserError(
-            f"{source} was not trained on the classes {list_names(unknown)} (its classes: {list_names(model.classes)})"
-            ": rename the folders, or fine-tune it with --weights"
-        )
-    return torch.tensor([model.classes.index(name) for name in classes])
+    if model.has_class_names:
+        return index_classes(classes, model.classes, source)
+    if len(classes) != len(model.classes):
+        counts = f"{source} has {len(model.classes)} classes, but the images have {len(classes)}"
+        raise UserError(f"{counts}: fine-tune it first, with --weights and without --eval")
+    return torch.arange(len(classes))

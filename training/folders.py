@@ -14,37 +14,34 @@ SPLIT_LIKE = {*SPLITS, "training", "testing", "validation"}  # in lower case
 HIDDEN = (".", "__MACOSX", "@eaDir")  # beginnings of names; the last two hold copies of images on macOS and Synology
 
 
-def find_split(config, split: str, eval_splits: tuple[str, ...]) -> Path:
-    """The folder of the "train" or the "test" images. Raises UserError, saying what to do, if it is missing."""
-    root = Path(config.data_dir)
-    found = [name for name in SPLITS if os.path.isdir(root / name)]
-    matching = [name for name in (("train",) if split == "train" else eval_splits) if name in found]
-    if matching:
-        return root / matching[0]
-    if not found and not has_class_folders(root):
-        raise UserError(describe_missing(root))
-    names = [file.name for file in root.iterdir() if file.is_dir() and file.name not in SPLITS]
-    if split_like := [name for name in names if name.lower() in SPLIT_LIKE]:
-        raise UserError(f"rename {list_names(split_like)} in {root}: splits are named {', '.join(SPLITS)}")
-    if found and split == "train":
-        raise UserError(f"{root} contains {found[0]}/, but no train/")
-    if found:
-        raise UserError(f"{root} contains train/, but none of {', '.join(eval_splits)}: add one of them, or evaluate "
-                        "on a part of train/ with --val-fraction 0.1")  # fmt: skip
-    if config.val_fraction:
-        return root
-    raise UserError(f"{root} contains class folders, but no train/ and {eval_splits[0]}/: evaluate on a part of each "
-                    "class with --val-fraction 0.1")  # fmt: skip
+def has_images(root: Path) -> bool:
+    """Whether a folder contains a split, or at least two folders with images (also in subfolders of a few levels)."""
 
-
-def has_class_folders(root: Path) -> bool:
-    """Whether at least two folders contain images, themselves or in subfolders of a few levels."""
-
-    def has_images(folder: Path) -> bool:
+    def is_class(folder: Path) -> bool:
         files = (file for depth in range(5) for file in folder.glob("*/" * depth + "*"))
         return any(file.suffix.lower() in image_extensions() for file in files)
 
-    return sum(has_images(folder) for folder in root.glob("*/") if not folder.name.startswith(HIDDEN)) >= 2
+    has_split = any(os.path.isdir(root / name) for name in SPLITS)
+    return has_split or sum(is_class(folder) for folder in root.glob("*/") if not folder.name.startswith(HIDDEN)) >= 2
+
+
+def find_split(config, split: str, eval_splits: tuple[str, ...]) -> Path:
+    """The folder of the "train" or the "test" images. Raises UserError, saying what to do, if it is missing."""
+    root = Path(config.data_dir)
+    names = ("train",) if split == "train" else eval_splits
+    found = [name for name in SPLITS if os.path.isdir(root / name)]
+    if matching := [name for name in names if name in found]:
+        return root / matching[0]
+    if not has_images(root):
+        raise UserError(describe_missing(root))
+    others = [file.name for file in root.iterdir() if file.is_dir() and file.name not in SPLITS]
+    if split_like := [name for name in others if name.lower() in SPLIT_LIKE]:
+        raise UserError(f"rename {list_names(split_like)} in {root}: splits are named {', '.join(SPLITS)}")
+    if not found and config.val_fraction:
+        return root
+    content = ", ".join(f"{name}/" for name in found) or "class folders"
+    advice = "" if found and split == "train" else "; to evaluate on a part of each class, add --val-fraction 0.1"
+    raise UserError(f"{root} contains {content}, but no {' or '.join(names)}/{advice}")
 
 
 def describe_missing(root: Path) -> str:
@@ -53,8 +50,7 @@ def describe_missing(root: Path) -> str:
         return f"{root} contains no train/, but {nested.parent} does: use --data-dir {nested.parent}"
     is_readable = os.access(root, os.R_OK | os.X_OK)
     problem = "contains neither train/CLASS/* nor CLASS/*" if is_readable else "does not exist, or may not be read"
-    return (f"{root} {problem}; without images of your own, try --dataset patterns, or train_cifar.py with "
-            "--dataset cifar10, which is downloaded")  # fmt: skip
+    return f"{root} {problem}; without own images, try --dataset patterns, or --dataset cifar10 of train_cifar.py"
 
 
 def find_images(folder: Path) -> dict[str, list[Path]]:
@@ -64,17 +60,14 @@ def find_images(folder: Path) -> dict[str, list[Path]]:
     be read, or contains no images.
     """
     tree, skipped = defaultdict(list), defaultdict(list)
-    parents = {os.path.realpath(folder), *map(str, Path(os.path.realpath(folder)).parents)}
+    real = Path(os.path.realpath(folder))
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(HIDDEN):
-                    continue
-                if entry.is_dir():
-                    name = unicodedata.normalize("NFC", entry.name)  # macOS has NFD
-                    tree[name] += find_files(entry.path, {*parents}, skipped)
-                else:
-                    skipped["outside of class folders"].append(entry.path)
+        for entry in _entries(folder):
+            if entry.is_dir():
+                name = unicodedata.normalize("NFC", entry.name)  # macOS has NFD
+                tree[name] += find_files(entry.path, {str(real), *map(str, real.parents)}, skipped)
+            else:
+                skipped["outside of class folders"].append(entry.path)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
     if skipped:
@@ -102,16 +95,18 @@ def find_files(folder: str, visited: set[str], skipped: dict[str, list[str]]) ->
         return []
     visited.add(real)
     files, extensions = [], image_extensions()
-    with os.scandir(folder) as entries:  # faster than Path for 1.3 million files
-        for entry in entries:
-            if entry.name.startswith(HIDDEN):
-                continue
-            if entry.is_symlink() and not os.path.exists(entry.path):
-                skipped["broken links"].append(entry.path)
-            elif entry.is_dir():
-                files += find_files(entry.path, visited, skipped)
-            elif os.path.splitext(entry.name)[1].lower() in extensions:
-                files.append(entry.path)
-            else:
-                skipped["without an image extension"].append(entry.path)
+    for entry in _entries(folder):
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            skipped["broken links"].append(entry.path)
+        elif entry.is_dir():
+            files += find_files(entry.path, visited, skipped)
+        elif os.path.splitext(entry.name)[1].lower() in extensions:
+            files.append(entry.path)
+        else:
+            skipped["without an image extension"].append(entry.path)
     return files
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    """The entries of a folder, without hidden ones. Faster than Path.iterdir for 1.3 million files."""
+    return [entry for entry in os.scandir(folder) if not entry.name.startswith(HIDDEN)]

@@ -3,8 +3,7 @@
 import math
 import os
 import signal
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from convit_min import MODELS
-from images import default_crop_pct, load_crop, normalize, open_image, to_rgb, to_tensor
+from images import load_crop, open_image, to_rgb, to_tensor
 from training.augment import derive_seed
 from training.checkpoint import rerun
-from training.data import InMemoryData, epoch_order, find_image_sets, remedy, sample_indices, set_counts, shard_batches
-from training.distributed import RankError, from_rank0, rank, world_size
+from training.data import InMemoryData, RunData, epoch_order, remedy, shard_batches
+from training.distributed import RankError
 
 ORIENTATION = 0x0112  # EXIF tag
 MAX_SKIPPED = 1000  # unreadable files in a row, as if a disk is gone
@@ -47,22 +45,19 @@ class ImageFolderDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, str]:
         first, seed = key
         error, attempts = "", min(len(self), MAX_SKIPPED)
-        for index in range(first, first + attempts):
+        for position in range(first, first + attempts):
+            index = position % len(self)
             torch.manual_seed(seed)
             try:
-                image = self.read(self.path(index % len(self)))
+                image = self.read(os.fsdecode(self.files[index]))
             except ValueError as reason:
                 error = error or str(reason)
-                continue
-            return image, int(self.labels[index % len(self)]), first, error
+            else:
+                return image, int(self.labels[index]), first, error
         error = f"none of {attempts} files in a row can be read: {error}"
         return torch.empty(3, self.size, self.size, dtype=torch.uint8), -1, first, error
 
-    def path(self, index: int) -> Path:
-        """The file of an image."""
-        return Path(os.fsdecode(self.files[index]))
-
-    def read(self, file: Path) -> Tensor:
+    def read(self, file: str | Path) -> Tensor:
         """Decode a file and crop it for training or evaluation. Raises ValueError if it cannot be read."""
         if self.rand_augment is None:
             return load_crop(file, self.size, self.size, self.crop_pct)
@@ -74,21 +69,16 @@ class ImageFolderDataset(Dataset):
         return to_tensor(image)
 
 
-class StreamedData:
-    """The training and evaluation images of a run, decoded by worker processes ahead of time."""
+class StreamedData(RunData):
+    """Images of a folder, decoded by worker processes ahead of time."""
+
+    eval_splits = "val", "valid", "test"
 
     def __init__(self, config, device: torch.device, crop_pct: float | None = None):
-        """Raises UserError, saying what to do, if folders are missing or unusable.
-
-        `crop_pct` is the fraction of the sides of an evaluation image that is kept, by default that of its size.
-        """
-        size = config.img_size or MODELS[config.model].img_size
-        self.config, self.device = config, device
-        self.crop_pct = crop_pct or default_crop_pct(size, size)
-        train, test = from_rank0(find_image_sets, config, ("val", "valid", "test"))
-        set_counts(self, train, test, device)
-        self.train = ImageFolderDataset(train.files, train.labels, size, config.rand_augment)
-        self.test = ImageFolderDataset(test.files, test.labels, size, crop_pct=self.crop_pct)
+        super().__init__(config, device, crop_pct)
+        train, test = self.train, self.test
+        self.train = ImageFolderDataset(train.images, train.labels, self.size, config.rand_augment)
+        self.test = ImageFolderDataset(test.images, test.labels, self.size, crop_pct=self.crop_pct)
         self.reported = set()  # errors
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -96,41 +86,24 @@ class StreamedData:
         config, length = self.config, self.epoch_length
         order = epoch_order(self.num_train, config.seed, epoch, config.aug_repeats, length).tolist()
         seed = derive_seed(config.seed, "images", epoch)
-        shards = shard_batches(torch.arange(length), config.batch_size, first_step)
-        batches = [[(order[position], seed + position) for position in shard.tolist()] for shard in shards]
-        for images, labels, _ in self._load(self.train, batches):
+        keys = list(zip(order, range(seed, seed + length), strict=True))
+        for images, labels, _ in self._load(self.train, shard_batches(keys, config.batch_size, first_step)):
             yield images, labels
 
-    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All evaluation images once, over all processes: pixels, labels, and indices."""
-        return self._load_test(torch.arange(self.num_eval)[rank() :: world_size()])
-
-    def eval_file(self, index: int) -> str:
-        """The file of an evaluation image."""
-        return str(self.test.path(index))
-
-    @cached_property
-    def sample_images(self) -> Tensor:
-        """Evaluation images on which the heads are measured, normalized."""
-        return normalize(torch.cat([images for images, *_ in self._load_test(sample_indices(self.num_eval))]))
-
-    def _load_test(self, indices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def _load_test(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         batches = indices.split(self.config.device_batch_size)  # an empty one if there are fewer images than processes
-        return self._load(self.test, [[(index, 0) for index in batch.tolist()] for batch in batches if len(batch)])
+        return self._load(self.test, ([(index, 0) for index in batch.tolist()] for batch in batches if len(batch)))
 
-    def _load(self, dataset: ImageFolderDataset, batches: list) -> Iterator[tuple[Tensor, ...]]:
+    def _load(self, dataset: ImageFolderDataset, batches: Iterable[list]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Images, labels, and indices on the device.
 
         Raises RankError for an unreadable file. With --skip-bad-images, it is replaced in training, and left out in
         evaluation.
         """
-        config = self.config
+        config, batches = self.config, list(batches)
+        workers, pin = min(config.workers, len(batches)), self.device.type == "cuda"
         loader = DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=min(config.workers, len(batches)),
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_defer_signals,
+            dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=_defer_signals
         )
         for *tensors, errors in loader:
             bad = set(filter(None, errors))
@@ -147,19 +120,19 @@ class StreamedData:
                 yield tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
 
-def load_data(config, device: torch.device, crop_pct: float | None = None) -> InMemoryData | StreamedData:
+def load_data(config, device: torch.device, crop_pct: float | None = None) -> RunData:
     """The data of train_imagenet.py: synthetic patterns, or an image folder."""
     data_class = InMemoryData if config.dataset == "patterns" else StreamedData
     return data_class(config, device, crop_pct)
 
 
-def random_resized_crop(file: Path, size: int) -> Image.Image:
+def random_resized_crop(file: str | Path, size: int) -> Image.Image:
     """A random crop of an image, 8 to 100% of its area, aspect ratio 3:4 to 4:3, resized to size x size."""
     image, box = decode_crop(file, size)
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
-def decode_crop(file: Path, size: int) -> tuple[Image.Image, tuple[float, float, float, float]]:
+def decode_crop(file: str | Path, size: int) -> tuple[Image.Image, tuple[float, float, float, float]]:
     """An image in RGB and the box in it for `random_resized_crop`.
 
     A JPEG is decoded at the smallest of its built-in scales that leaves `size` pixels in the box.

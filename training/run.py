@@ -40,8 +40,12 @@ class Run:
         self.train_state = {"epoch": 0, "step_in_epoch": 0, "loss_sum": 0.0}
         self.train_state |= {"num_train": data.num_train, "num_eval": data.num_eval}
         self.started, self.best_accuracy, self.last_plot, self.events = time.monotonic(), -1.0, -math.inf, None
+        self.provenance = []  # on rank 0, one entry per start
         with contextlib.ExitStack() as self.resources:  # closed here if starting or resuming fails
-            self._init_run()
+            resumed = self._on_rank0(self._acquire_dir, distributed.was_restarted())
+            records = self._resume() if resumed else []
+            if self.train_state["epoch"] <= config.total_epochs:
+                self._on_rank0(self._write_start, records)
             self.resources = self.resources.pop_all()
 
     @property
@@ -71,25 +75,25 @@ class Run:
 
     def steps(self, epoch: int, batches: Iterable) -> Iterator:
         """(step, batch) for all batches of an epoch. Reseeds for every step, so that resuming is bitwise exact."""
-        first_step, batch_size = self.first_step, self.config.batch_size
+        first_step = self.first_step
         self.train_state["epoch"] = epoch
         self.loss_sum = torch.tensor(self.train_state["loss_sum"], device=self.device)
         self.metrics = {"epoch": epoch, "step": epoch * self.steps_per_epoch}
         if epoch == 0:
             return
-        with progress_bar(epoch, first_step * batch_size, self.steps_per_epoch * batch_size) as self.progress:
-            self.timed_steps, self.start_time = 0, time.perf_counter()
-            for index, batch in enumerate(batches, first_step):
-                step = (epoch - 1) * self.steps_per_epoch + index
-                torch.manual_seed(derive_seed(self.config.seed, step + 1, rank()))
-                yield step, batch
+        shown = {"desc": f"epoch {epoch}", "unit": "img", "unit_scale": self.config.batch_size, "leave": False}
+        shown["disable"] = True if rank() > 0 else None  # None: only if the output is no terminal
+        self.progress = tqdm(batches, initial=first_step, total=self.steps_per_epoch, **shown)
+        self.timed_steps, self.start_time = 0, time.perf_counter()
+        for step, batch in enumerate(self.progress, (epoch - 1) * self.steps_per_epoch + first_step):
+            torch.manual_seed(derive_seed(self.config.seed, step + 1, rank()))
+            yield step, batch
 
     def after_step(self, step: int, lr: float):
         """Update the progress bar, check the loss, save when due. Raises Stopped after SIGTERM or Ctrl-C."""
         step_in_epoch = step % self.steps_per_epoch + 1
         action = self.preemption.after_step(step + 1)
         is_last = step_in_epoch == self.steps_per_epoch
-        self.progress.update(self.config.batch_size)
         if action or is_last or step_in_epoch % 50 == 0:  # rarely: it synchronizes with the GPU
             loss_sum = distributed.all_reduce_mean(self.loss_sum).item()
             self._check_finite(loss_sum, step + 1, lr)
@@ -129,7 +133,9 @@ class Run:
             file = self.dir / "snapshots" / f"epoch_{epoch:04d}.pt"
             checkpoint.save_weights(model, *metadata, epoch, file, half=True)
         if "images_per_second" in metrics:
-            checkpoint.record_duration(self.dir, time.monotonic() - self.started, metrics["images_per_second"])
+            speed = {"wall_clock_s": time.monotonic() - self.started, "images_per_second": metrics["images_per_second"]}
+            self.provenance[-1] |= {name: round(value) for name, value in speed.items()}
+            checkpoint.write_json(self.dir / "provenance.json", self.provenance)
         self._plot(metrics, is_final=epoch == self.config.total_epochs)
         if self.events:
             write_events(self.events, metrics, heads)
@@ -138,30 +144,23 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
 
-    def _init_run(self):
-        """Lock the run folder, restore the state if it is resumed, and write config and provenance."""
-        resumed, history = self._on_rank0(self._acquire_dir, distributed.was_restarted())
-        records = self._resume() if resumed else []
-        if self.train_state["epoch"] <= self.config.total_epochs:
-            self._on_rank0(self._write_start, records, history)
-
-    def _write_start(self, records: list[dict], history: list[dict]):
-        entry = checkpoint.provenance(self.device) | {"job": distributed.job_id()}
+    def _write_start(self, records: list[dict]):
+        """Write the config, the provenance, and the records of the epochs that are kept."""
+        self.provenance.append(checkpoint.provenance(self.device) | {"job": distributed.job_id()})
+        checkpoint.write_json(self.dir / "provenance.json", self.provenance)
+        checkpoint.write_json(self.dir / "config.json", dataclasses.asdict(self.config))
         checkpoint.write_text(self.dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-        checkpoint.write_text(self.dir / "provenance.json", json.dumps([*history, entry], indent=2) + "\n")
-        config = dataclasses.asdict(self.config)
-        checkpoint.write_text(self.dir / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def _acquire_dir(self, restarted: bool) -> tuple[bool, list[dict]]:
-        """Lock the run folder until training ends. Return whether to resume the run in it, and its provenance.
+    def _acquire_dir(self, restarted: bool) -> bool:
+        """Lock the run folder until training ends. Return whether to resume the run in it.
 
         After an automatic torchrun restart, training resumes without --resume. Raises UserError if the folder contains
         a run that should not be resumed, or if another process is using it.
         """
-        resumed, history, file = self.config.resume, [], self.dir / "provenance.json"
+        resumed, file = self.config.resume, self.dir / "provenance.json"
         if (self.dir / "last.pt").exists():
-            history = json.loads(file.read_text()) if file.exists() else []
-            resumed = resumed or (restarted and distributed.job_id() in [entry["job"] for entry in history])
+            self.provenance = json.loads(file.read_text()) if file.exists() else []
+            resumed = resumed or (restarted and distributed.job_id() in [entry["job"] for entry in self.provenance])
             if not resumed:
                 raise UserError(f"{self.dir} already contains a run: add --resume to continue, or choose another --run")
         elif (self.dir / "metrics.jsonl").exists() and any(record["epoch"] > 0 for record in read_metrics(self.dir)):
@@ -176,12 +175,11 @@ class Run:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forked workers
         except (BlockingIOError, PermissionError) as error:
-            raise UserError(
-                f"another process is training in {self.dir}: wait for it, or choose another --run"
-            ) from error
+            message = f"another process is training in {self.dir}: wait for it, or choose another --run"
+            raise UserError(message) from error
         except OSError as error:  # some network file systems have no locks
             print0(f"note: {self.dir} cannot be locked ({error}): start no second process in it")
-        return resumed, history
+        return resumed
 
     def _resume(self) -> list[dict]:
         """Restore all components and the training state from last.pt; return the records of finished epochs."""
@@ -206,16 +204,17 @@ class Run:
 
     def _check_images(self, state: dict):
         """Compare the numbers of images with those at the start of the run. Its epochs keep their number of steps."""
-        num_train = state["num_train"]
-        num_eval = state.get("num_eval", self.data.num_eval)  # not in older runs
-        self.data.epoch_length = self.config.epoch_length(num_train)
-        if (num_train, num_eval) == (self.data.num_train, self.data.num_eval):
+        self.data.epoch_length = self.config.epoch_length(state["num_train"])
+        before, now = (state["num_train"], state["num_eval"]), (self.data.num_train, self.data.num_eval)
+        if before == now:
             return
-        change = f"there are {self.data.num_train} training and {self.data.num_eval} evaluation images, but {self.dir} "
-        change += f"started with {num_train} and {num_eval}"
+        change = f"there are {now[0]} training and {now[1]} evaluation images, but {self.dir} started with {before[0]} "
+        change += f"and {before[1]}"
         if self.config.val_fraction:  # the split is drawn again: images that were trained on would be evaluated on
-            raise UserError(f"{change}: restore the original files (--skip-bad-images leaves out unreadable ones), or "
-                            "start over with another --run")  # fmt: skip
+            advice = (
+                "restore the original files (--skip-bad-images leaves out unreadable ones), or choose another --run"
+            )
+            raise UserError(f"{change}: {advice}")
         print0(f"note: {change}; the run goes on, but is no longer exactly reproducible")
 
     def _is_trained(self, epoch: int) -> bool:
@@ -232,21 +231,18 @@ class Run:
     def _check_finite(self, loss: float, step: int, lr: float):
         """Raise UserError if the loss has diverged."""
         if not math.isfinite(loss):
-            last = self.dir / "last.pt"
-            saved = f"{last} predates the divergence" if last.exists() else "no checkpoint was saved"
-            raise UserError(
-                f"the loss is no longer finite at step {step}, learning rate {lr:.2g}: restart with a lower --lr and "
-                f"another --run ({saved})"
-            )
+            file = self.dir / "last.pt"
+            saved = f"{file} predates the divergence" if file.exists() else "no checkpoint was saved"
+            advice = f"restart with a lower --lr and another --run ({saved})"
+            raise UserError(f"the loss is no longer finite at step {step}, learning rate {lr:.2g}: {advice}")
 
     def _time_step(self, is_last: bool):
         """Measure training speed, without the first step (compilation) if there are others, and the last save."""
-        now = time.perf_counter()
-        if self.timed_steps > 0 or is_last:
-            steps = max(self.timed_steps, 1)
-            self.metrics["images_per_second"] = steps * self.config.batch_size / (now - self.start_time)
-        else:
-            self.start_time = now
+        if is_last:
+            duration = time.perf_counter() - self.start_time
+            self.metrics["images_per_second"] = max(self.timed_steps, 1) * self.config.batch_size / duration
+        elif self.timed_steps == 0:
+            self.start_time = time.perf_counter()
         self.timed_steps += 1
 
     def _plot(self, metrics: dict, is_final: bool):
@@ -319,12 +315,6 @@ class PreemptionHandler:
             print("\nstopping after this step", file=sys.stderr, flush=True)
         if distributed.world_size() == 1:  # torchrun may forward a signal that was already received
             signal.signal(number, self.previous[number])  # a second signal terminates at once
-
-
-def progress_bar(epoch: int, initial: int, total: int) -> tqdm:
-    """Images per second and remaining time of an epoch, on rank 0 in a terminal."""
-    disable = True if rank() > 0 else None  # None: only if the output is no terminal
-    return tqdm(initial=initial, total=total, desc=f"epoch {epoch}", unit="img", leave=False, disable=disable)
 
 
 def write_events(writer, metrics: dict, heads: HeadStatistics):
