@@ -2,14 +2,14 @@
 
     python -m benchmarks.viewer        two minutes on two cores; needs requirements-dev.txt and Chromium
 
-Starts app.py, sends mouse and keyboard events to the page, and measures the time from each event until the browser has
-painted the result. Then 20 clients each send one random request per second to the server, for a minute.
+Starts app.py, uses the page with mouse and keyboard, and measures how long the browser takes to show the result. Then
+20 clients each send one random request per second to the server, for a minute.
 Writes results/benchmarks/viewer.{json,md} and viewer.png, a screenshot.
 """
 
 import base64
-import io
 import json
+import math
 import os
 import random
 import re
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,25 +30,20 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from benchmarks.timing import benchmark_parser, time_calls, write_results
 from training.checkpoint import provenance
+from viewer.limits import encode_image
 
 ROOT = Path(__file__).parent.parent
 CLIENTS = 20
-# timeUntil: milliseconds from `action` to the first paint after `isDone`; recordLatency: from every event to its paint
-TIMERS = """
-const painted = () => new Promise((resolve) => requestAnimationFrame(() => {
-    const channel = new MessageChannel();  // delivers after painting
-    channel.port1.onmessage = resolve;
-    channel.port2.postMessage(0);
-}));
-window.timeUntil = async (action, isDone) => {
+RECORD_REPAINTS = """
+window.samples = [];  // milliseconds from every mouse move until the browser has painted the result
+addEventListener("pointermove", () => {
     const start = performance.now();
-    action();
-    for (let done = false; !done; await painted()) done = isDone();
-    return performance.now() - start;
-};
-window.samples = [];
-window.recordLatency = (event) =>
-    addEventListener(event, async () => samples.push(await timeUntil(() => {}, () => true)), { capture: true });
+    requestAnimationFrame(() => {
+        const channel = new MessageChannel();  // delivers after painting
+        channel.port1.onmessage = () => samples.push(performance.now() - start);
+        channel.port2.postMessage(0);
+    });
+}, { capture: true });
 """
 
 
@@ -63,7 +59,6 @@ def start_server() -> tuple[subprocess.Popen, str]:
 def open_page(browser: Browser, url: str) -> Page:
     """Open the page in a new browser session and wait for its first attention maps."""
     page = browser.new_context(viewport={"width": 1440, "height": 1000}).new_page()
-    page.add_init_script(TIMERS)
     page.add_init_script("localStorage.setItem('convit-tour', 'seen')")  # the tour would cover the page
     page.goto(url)
     page.wait_for_selector(".viewer:not(.loading)")
@@ -72,72 +67,57 @@ def open_page(browser: Browser, url: str) -> Page:
 
 def hover(page: Page) -> list[float]:
     """Milliseconds from each of 300 mouse moves over the image to the repaint."""
-    page.evaluate("recordLatency('pointermove')")
+    page.evaluate(RECORD_REPAINTS)
     box = page.locator(".image").bounding_box()
     for step in range(300):
         x, y = 7 * step % 97 / 97, 13 * step % 89 / 89
         page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
     page.wait_for_timeout(100)
-    return page.evaluate("samples.splice(0)")
+    return page.evaluate("samples")
+
+
+def time_until(page: Page, condition: str, action: Callable, *args) -> float:
+    """Milliseconds from an action until a condition holds on the page; those of the driver count, too."""
+    start = time.perf_counter()
+    action(*args)
+    page.wait_for_function(condition)
+    return 1000 * (time.perf_counter() - start)
 
 
 def change_snapshot(page: Page) -> list[float]:
-    """Milliseconds from each of 60 moves of the epoch slider to the repaint."""
-    page.evaluate("recordLatency('input')")
+    """Milliseconds from each of 60 moves of the epoch slider to the maps."""
     slider = page.locator(".snapshot")
-    count = int(slider.get_attribute("max")) + 1
-    for step in range(60):
-        slider.fill(str((5 * step + 1) % count))
-    page.wait_for_timeout(100)
-    return page.evaluate("samples.splice(0)")
+    snapshots = [step % (int(slider.get_attribute("max")) + 1) for step in range(1, 61)]
+    return [time_until(page, f"convit.state.snapshot == {index}", slider.fill, str(index)) for index in snapshots]
 
 
 def change_layer(page: Page) -> list[float]:
-    """Milliseconds from each of 40 selections of a layer to the maps, which the server sends."""
-    script = """(layer) => timeUntil(() => {
-        const select = document.querySelector(".layer");
-        select.value = layer;
-        select.dispatchEvent(new Event("change"));
-    }, () => convit.state.layer === layer)"""
-    count = page.locator(".layer option").count()
-    return [page.evaluate(script, step % count) for step in range(40)]
+    """Milliseconds from each of 40 selections of a layer to its maps, which the server sends."""
+    select = page.locator(".layer")
+    layers = [step % select.locator("option").count() for step in range(1, 41)]
+    return [time_until(page, f"convit.state.layer == {index}", select.select_option, str(index)) for index in layers]
 
 
-def pin_gates(page: Page) -> list[float]:
-    """Milliseconds from each of 20 clicks that set all gates to the prediction, which the server computes."""
-    script = """(pin) => timeUntil(() => document.querySelector(`[data-scope=model][data-pin="${pin}"]`).click(),
-        () => convit.state.recomputed && convit.state.gates.get("0,0") === pin)"""
-    return [page.evaluate(script, step % 2) for step in range(20)]
-
-
-def upload(page: Page, jpeg: bytes) -> list[float]:
-    """Milliseconds from dropping a file on the page to its maps, ten times; the files differ in the last byte."""
-    script = """([data, suffix]) => {
-        const dataTransfer = new DataTransfer();
-        const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
-        dataTransfer.items.add(new File([bytes, suffix], "photo.jpg"));
-        const drop = new DragEvent("drop", { dataTransfer, bubbles: true });
-        return timeUntil(() => document.body.dispatchEvent(drop), () => convit.state.example === null);
-    }"""
+def upload(page: Page, width: int, height: int) -> list[float]:
+    """Milliseconds from choosing each of ten JPEGs to its maps."""
     samples = []
-    for step in range(10):
+    for _ in range(10):
         page.locator("[data-example=lion]").click()
-        page.wait_for_function("convit.state.example === 'lion'")
-        samples.append(page.evaluate(script, [base64.b64encode(jpeg).decode(), str(step)]))
+        page.wait_for_function("convit.state.example == 'lion'")
+        file = {"name": "noise.jpg", "mimeType": "image/jpeg", "buffer": noise_jpeg(width, height)}
+        condition = "convit.state.example == null"
+        samples.append(time_until(page, condition, page.locator(".file").set_input_files, file))
     return samples
 
 
 def noise_jpeg(width: int, height: int) -> bytes:
-    """A JPEG of smooth noise, about as detailed as a photo."""
-    file = io.BytesIO()
+    """A JPEG of smooth random noise, about as detailed as a photo."""
     noise = Image.effect_noise((width // 8, height // 8), 60).resize((width, height)).convert("RGB")
-    noise.save(file, "JPEG", quality=90)
-    return file.getvalue()
+    return encode_image(noise, "JPEG", quality=90)
 
 
 def run_client(url: str, seed: int, seconds: float) -> list[float]:
     """Milliseconds of random requests, one per second. Raises RuntimeError if the server responds with an error."""
-    rng = random.Random(seed)
     config = json.loads(urllib.request.urlopen(f"{url}/config").read())
     component = next(item["id"] for item in config["components"] if item["props"].get("elem_id") == "viewer")
 
@@ -151,10 +131,10 @@ def run_client(url: str, seed: int, seconds: float) -> list[float]:
             raise RuntimeError(response["error"])
         return response
 
-    model = call("describe")
+    rng, model = random.Random(seed), call("describe")
+    depth, heads = len(model["gate"][0]), math.prod(model["kernel"])
     pixels = call("prepare_image", example="cheetah")["pixels"]
-    gates = [heads and [0.5] * len(heads) for heads in model["gate"][0]]
-    uploads = [base64.b64encode(noise_jpeg(400 + seed, 300 + index)).decode() for index in range(4)]
+    uploads = [base64.b64encode(noise_jpeg(400, 300)).decode() for _ in range(4)]
 
     def upload_image():
         nonlocal pixels
@@ -162,8 +142,8 @@ def run_client(url: str, seed: int, seconds: float) -> list[float]:
         call("layer_maps", pixels=pixels, layer=0)
 
     requests = [
-        lambda: call("layer_maps", pixels=pixels, layer=rng.randrange(len(model["gate"][0]))),
-        lambda: call("recompute", pixels=pixels, layer=0, snapshot=0, gates=gates),
+        lambda: call("layer_maps", pixels=pixels, layer=rng.randrange(depth)),
+        lambda: call("recompute", pixels=pixels, layer=0, snapshot=0, gates=[[0.5] * heads] * depth),
         upload_image,
     ]
     samples, end = [], time.perf_counter() + seconds
@@ -200,12 +180,10 @@ def main():
                 "hover to repaint": (hover(page), 16),
                 "change snapshot": (change_snapshot(page), 100),
                 "change layer": (change_layer(page), 100),
-                "pin all gates": (pin_gates(page), 200),
-                "upload to maps, 0.5 megapixels": (upload(page, noise_jpeg(800, 600)), 500),
-                "upload to maps, 12 megapixels": (upload(page, noise_jpeg(4000, 3000)), 500),
+                "upload to maps, 0.5 megapixels": (upload(page, 800, 600), 500),
+                "upload to maps, 12 megapixels": (upload(page, 4000, 3000), 500),
             }
-            last_epoch = int(max((ROOT / "demo" / "patterns" / "snapshots").iterdir()).stem.removeprefix("epoch_"))
-            page = open_page(browser, f"{url}/#epoch={last_epoch}")
+            page = open_page(browser, f"{url}/#epoch=24")  # the last snapshot of the first model
             page.screenshot(path=args.out / "viewer.png")
             versions = {"chromium": browser.version, "gradio": gradio.__version__, "cores": os.cpu_count()}
             browser.close()

@@ -7,8 +7,8 @@ import threading
 import pytest
 from conftest import open_page
 
-from viewer import publish
-from viewer.examples import load_examples, open_demos
+from viewer.inspector import open_demos
+from viewer.publish import publish
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
@@ -18,16 +18,26 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def models():
-    return open_demos()
+    """The demos, each with the first of its images."""
+    models = open_demos()
+    for model in models.values():
+        name = next(iter(model.examples))
+        model.examples = {name: model.examples[name]}
+    return models
 
 
 @pytest.fixture(scope="module")
-def site(models, tmp_path_factory):
-    """The URL of a page with one image per model."""
-    root = tmp_path_factory.mktemp("host")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publish, "load_examples", lambda model: dict([*load_examples(model).items()][:1]))
-        publish.publish(models, root / "some" / "path")
+def folder(models, tmp_path_factory):
+    """The page of these models."""
+    folder = tmp_path_factory.mktemp("host") / "some" / "path"
+    publish(models, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(folder):
+    """Its URL."""
+    root = folder.parent.parent
     handler = functools.partial(QuietHandler, directory=root)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -43,9 +53,9 @@ def shown_predictions(page) -> list:
 
 def test_page_works_without_a_server(browser, site, models):
     for key, model in models.items():
-        name, example = next(iter(load_examples(model).items()))
-        pixels, last = model.prepare_image(example.data)["pixels"], len(model.epochs) - 1
-        with open_page(browser, f"{site}#model={key}&image={name}&epoch={model.epochs[last]}&layer=2") as page:
+        (name, example), last = *model.examples.items(), len(model.models) - 1
+        pixels = model.prepare_image(example.data)["pixels"]
+        with open_page(browser, f"{site}#model={key}&image={name}&epoch={model.models[last].epoch}&layer=2") as page:
             assert page.evaluate("convit.state.snapshot") == last
             answer = model.layer_maps(pixels, 1)
             assert page.evaluate("convit.state.maps.peaks") == answer["peaks"]
@@ -60,9 +70,7 @@ def test_page_works_without_a_server(browser, site, models):
             page.wait_for_function("document.querySelector('.error').textContent.includes('python app.py')")
 
 
-def test_published_page_is_small(models, tmp_path):
-    """GitHub Pages and a visitor's first load: only one image's maps are counted, times the number of images."""
-    inspector = next(iter(models.values()))
-    name, example = next(iter(load_examples(inspector).items()))
-    size = sum(len(publish.encode(answer)) for answer in publish.image_answers(inspector, name, example.data).values())
-    assert size * sum(len(load_examples(model)) for model in models.values()) < 25 * 2**20
+def test_published_page_is_small(models, folder):
+    """GitHub Pages and a visitor's first load."""
+    for key in models:
+        assert sum(file.stat().st_size for file in (folder / "data" / key).iterdir()) < 2 * 2**20  # of one image

@@ -1,6 +1,7 @@
 """The viewer's server: other models than the demo, hostile files, invalid requests."""
 
 import base64
+import contextlib
 import dataclasses
 import http.client
 import io
@@ -27,7 +28,7 @@ from images import normalize
 from predict import predict
 from training.checkpoint import save_weights
 from viewer.inspector import open_run, open_weights
-from weights import open_model
+from weights import RELEASED, infer_model, open_model
 
 # a grid of 4 x 6 patches and 2 x 3 kernel taps, so that swapped rows and columns fail
 OBLONG = ConViTConfig((32, 48), 8, num_classes=3, dim=24, depth=3, num_heads=6, gpsa_layers=2)
@@ -44,6 +45,14 @@ def add_epoch(run: Path, model: ConViT, epoch: int):
         line = json.dumps(record | ({"train_loss": 1.1} if epoch else {}))
         file.write(line.replace("NaN", "null") + "\n")
     save_weights(model, CLASSES, 1.0, epoch, run / "snapshots" / f"epoch_{epoch:04d}.pt")
+
+
+def attention_of(page, model: ConViT) -> list:
+    """The attention of every layer for the image on display."""
+    shape = (*model.config.image_shape, 3)
+    raw = np.frombuffer(base64.b64decode(page.evaluate("convit.pixels()")), dtype=np.uint8).reshape(shape)
+    with torch.no_grad():
+        return model(normalize(torch.tensor(raw).permute(2, 0, 1)[None]), return_attention=True)[1]
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +90,7 @@ def test_non_square_grid_and_run_in_progress(browser, server, oblong):
         page.wait_for_function("convit.state.layer === 1")
         model = perturb(ConViT(OBLONG))
         model.load_state_dict(torch.load(oblong / "snapshots/epoch_0001.pt", weights_only=True)["model"])
-        raw = np.frombuffer(base64.b64decode(page.evaluate("convit.pixels()")), dtype=np.uint8).reshape(32, 48, 3)
-        with torch.no_grad():
-            attention = model(normalize(torch.tensor(raw).permute(2, 0, 1)[None]), return_attention=True)[1][1]
-        assert_maps(page, attention, [(0, 0), (3, 10), (5, 23)])
+        assert_maps(page, attention_of(page, model)[1], [(0, 0), (3, 10), (5, 23)])
         page.locator(".image").click(position={"x": page.locator(".image").bounding_box()["width"] - 3, "y": 3})
         assert page.evaluate("convit.state.query") == 5  # the last patch of the first row
         page.get_by_role("tab", name="Training curves").click()
@@ -93,6 +99,12 @@ def test_non_square_grid_and_run_in_progress(browser, server, oblong):
         assert page.locator(".models button").all_inner_texts() == names
         assert page.locator(".score-charts figure").count() == 2
 
+        page.add_init_script("const { setInterval } = window;"  # the page polls every five seconds
+                             "window.setInterval = (handler, ms) => setInterval(handler, ms / 20)")  # fmt: skip
+        page.wait_for_function("location.hash.includes('epoch=1')")
+        page.reload()
+        page.wait_for_selector(".viewer:not(.loading)")
+        assert page.evaluate("convit.state.snapshot") == 1
         add_epoch(oblong, perturb(model), 2)
         page.wait_for_function("document.querySelector('.snapshot').max === '2'")
         page.wait_for_function("convit.state.snapshot === 2")  # a view of the last snapshot stays on the last one
@@ -106,38 +118,33 @@ def test_non_square_grid_and_run_in_progress(browser, server, oblong):
         assert 0.5 < content.sum() < 1.01 and (page_map(page, 2, 5, "mixed") == content).all()
 
 
-@pytest.mark.parametrize("name", ["convit_tiny", "convit_base"])
-def test_released_weights_open_as_one_snapshot(name, tmp_path):
-    """A file in the released format, with random weights, since the released ones need a download."""
-    model = perturb(create_model(name))
-    torch.save(model.state_dict(), tmp_path / "released.pth")
-    inspector = open_weights(str(tmp_path / "released.pth"))
-    heads = model.config.num_heads
-    assert inspector.name == name and inspector.config.grid == (14, 14)
-    assert inspector.classes[207] == "golden retriever"
-    image = inspector.prepare_image(encode(Image.effect_noise((300, 200), 80).convert("RGB")))
-    answer = inspector.layer_maps(image["pixels"], 9)
-    content = np.frombuffer(base64.b64decode(answer["content"][0]), dtype=np.uint8).reshape(heads, 196, 196)
-    raw = np.frombuffer(base64.b64decode(image["pixels"]), dtype=np.uint8).reshape(224, 224, 3)
-    with torch.no_grad():
-        attention = model(normalize(torch.tensor(raw).permute(2, 0, 1)[None]), return_attention=True)[1][9]
-    error = content / 255 * np.array(answer["peaks"][0])[:, None, None] - attention.content[0].numpy()
-    assert np.abs(error).max() <= attention.content.max() / 255
-
-
 def test_page_of_released_weights(browser, tmp_path):
-    torch.save({"model": perturb(create_model("convit_tiny")).state_dict()}, tmp_path / "released.pth")
-    with serving(tmp_path, "--weights", tmp_path / "released.pth") as url, open_page(browser, url) as page:
+    """A file in the released format, with random weights, since the released ones need a download."""
+    for name in RELEASED:
+        with torch.device("meta"):
+            assert infer_model(create_model(name).state_dict())[0] == name
+    model = perturb(create_model("convit_tiny"))
+    torch.save({"model": model.state_dict()}, tmp_path / "released.pth")
+    server = app.build_page({"weights": open_weights(tmp_path / "released.pth")})
+    server.launch(server_name="127.0.0.1", **app.LAUNCH_OPTIONS)  # in this process: importing Gradio takes seconds
+    with contextlib.closing(server), open_page(browser, server.local_url) as page:
         assert page.locator("[data-head]").count() == 4
         assert page.locator(".play").is_hidden()  # one snapshot has no training time
         assert "After training" in page.locator(".caption").inner_text()
-        page.locator(".layer").select_option(label="3")
-        page.wait_for_function("convit.state.layer === 2")
-        assert page.locator(".heads-title").inner_text() == "The 4 heads of layer 3"
+        facts = page.locator(".facts").inner_text()
+        assert "convit_tiny" in facts and "14 × 14 patches, 1000 classes" in facts
+        assert page.evaluate("convit.state.model.classes[207]") == "golden retriever"
+        page.locator(".layer").select_option(label="10")
+        page.wait_for_function("convit.state.layer === 9")
+        assert page.locator(".heads-title").inner_text() == "The 4 heads of layer 10"
+        assert_maps(page, attention_of(page, model)[9], [(0, 0), (2, 97), (3, 195)])
         with page.expect_download() as event:
             page.locator(".save-csv").click()
         rows = Path(event.value.path()).read_text().splitlines()
         assert rows[1].startswith(",1,1,")  # the epoch of these weights is unknown
+        with page.expect_download() as event:
+            page.locator(".save-png").click()
+        assert Image.open(event.value.path()).size == (1026, 387)
         page.get_by_role("tab", name="Training curves").click()
         assert "No training history for these weights" in page.locator("#curves").inner_text()
 
@@ -168,7 +175,8 @@ def test_api_returns_the_models_maps(server, oblong):
     assert np.array(heads[4]["mixed"]).shape == (4, 6) and np.sum(heads[4]["mixed"]) == pytest.approx(1, abs=1e-5)
     for arguments, message in (
         (["bm90aGluZw==", 1], "is not an image"),
-        (["", 9], "a layer from 1 to 3"),
+        ([base64.b64encode(file).decode(), 9], "a layer from 1 to 3"),
+        (["", 1, 9], "a snapshot from -"),
         (["", 1, 0, 4], "a row from 0 to 3"),
     ):
         with pytest.raises(Exception, match=message):
@@ -197,7 +205,7 @@ def hostile_files() -> list[bytes]:
                 corrupted[rng.randrange(min(len(corrupted), rng.choice((40, 400, 10**9))))] = rng.randrange(256)
             files.append(bytes(corrupted))
     files += [rng.randbytes(rng.randrange(2000)) for _ in range(20)]
-    files.append(encode(Image.new("1", (20_000, 20_000))))  # 50 kB that decode to 400 million pixels
+    files.append(encode(Image.new("1", (14_000, 14_000))))  # 24 kB that decode to 196 million pixels
     files += [
         b"",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nquit",
@@ -232,21 +240,16 @@ def test_server_survives_hostile_files(server, oblong):
 def test_invalid_requests_return_one_sentence(server):
     call = server_function(server)
     pixels = base64.b64encode(bytes(32 * 48 * 3)).decode()
-    valid = {
-        "model": "",
-        "pixels": pixels,
-        "layer": 1,
-        "snapshot": 1,
-        "query": 3,
-        "gates": [[0.5] * 6, [None] * 6, None],
-    }
+    maps = {"model": "", "pixels": pixels, "layer": 1}
+    valid = maps | {"snapshot": 1, "gates": [[0.5] * 6, [None] * 6, None]}
     assert "predictions" in call("recompute", valid)
     display = "data:image/png;base64," + base64.b64encode(encode(Image.new("RGB", (9, 6)))).decode()
-    export = valid | {"animated": False, "display": display, "head": 0}
-    invalid = [("layer_maps", valid | change) for change in (
+    export = valid | {"animated": False, "display": display, "head": 0, "query": 3}
+    assert "file" in call("export", export)
+    invalid = [("layer_maps", maps | change) for change in (
         {"layer": 7}, {"layer": -1}, {"layer": 1.0}, {"layer": None}, {"pixels": "%%"}, {"pixels": pixels[:8]},
         {"pixels": None}, {"model": "../../demo"}, {"model": "nobody"}, {"model": None},
-        {"model": ["a"]})]  # fmt: skip
+        {"model": ["a"]}, {"unknown": 1})]  # fmt: skip
     invalid += [("recompute", valid | change) for change in (
         {"gates": [[0.5] * 6]}, {"gates": [[2] * 6] * 3}, {"gates": "x"}, {"gates": [["x"] * 6] * 3}, {"gates": 1},
         {"snapshot": 99}, {"snapshot": "1"})]  # fmt: skip

@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import time
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,24 +16,24 @@ from PIL import Image, ImageSequence
 from convit_min import ConViT, ConViTConfig, create_model
 from images import normalize
 from viewer import sessions
-from viewer.export import draw_gates, render_gif
-from viewer.inspector import AttentionInspector, open_run, open_weights, read_curves
-from weights import load_weights
+from viewer.export import draw_gates, export_view
+from viewer.inspector import AttentionInspector, open_run, open_weights
+from viewer.limits import encode_image
+from weights import load_weights, snapshot_files
 
 
 @pytest.fixture(scope="module")
 def inspector():
-    return open_run(str(DEMO))
+    return open_run(DEMO)
 
 
 @pytest.fixture
-def photo(tmp_path):
-    """A landscape image: left half dark red, right half light blue."""
+def photo() -> bytes:
+    """The file of a landscape image: left half dark red, right half light blue."""
     pixels = np.zeros((60, 100, 3), dtype=np.uint8)
     pixels[:, :50] = (120, 20, 20)
     pixels[:, 50:] = (150, 180, 250)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
+    return encode_image(Image.fromarray(pixels), "PNG")
 
 
 def test_content_maps_match_the_model_to_one_byte(inspector, photo):
@@ -68,7 +67,7 @@ def test_description_matches_the_run(inspector):
     assert description["kernel"] == [3, 3] and description["grid"] == [8, 8]
     assert description["curves"]["test_accuracy"] == [record["test_accuracy"] for record in metrics]
     assert description["curves"]["train_loss"][0] is None  # epoch 0 is before training
-    assert description["last_epoch"] == 30 and read_curves(DEMO / "snapshots", "") is None
+    assert description["last_epoch"] == 30
     np.testing.assert_allclose(description["gate"][-1][0], metrics[-1]["heads"]["gate"][0], atol=2e-3)
     np.testing.assert_allclose(np.array(description["v_pos"][0][:5])[:, :, 2], -1)
     assert description["gate"][0][5:] == description["v_pos"][0][5:] == [None, None]  # self-attention
@@ -77,38 +76,34 @@ def test_description_matches_the_run(inspector):
 def test_layer_maps_reject_invalid_arguments(inspector, photo):
     pixels = inspector.prepare_image(photo)["pixels"]
     for arguments in ((pixels, 99), (pixels, -1), (pixels, 1.0), (pixels[:400], 0)):
-        with pytest.raises(ValueError, match="expected 32 x 32 pixels"):
+        with pytest.raises(ValueError, match=r"expected (32 x 32 pixels|a layer from 1 to 7)"):
             inspector.layer_maps(*arguments)
 
 
-def test_unusable_uploads_raise_one_sentence(inspector, tmp_path, photo):
-    (tmp_path / "text.png").write_text("not an image")
-    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:100])
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "drawing.png").write_text("<svg onload=alert(1)>")
-    Image.new("1", (5001, 4000)).save(tmp_path / "huge.png")
-    Image.new("1", (40_000, 40_000)).save(tmp_path / "bomb.png")
-    Image.new("RGB", (9, 9)).save(tmp_path / "other.png", "PCX")
-    (tmp_path / "heavy.png").write_bytes(b"\0" * (20 * 2**20 + 1))
-    for name, reason in {
-        "text": "is not an image", "cut": "is truncated or damaged", "empty": "is empty",
-        "drawing": "has an unsupported format: convert it", "other": "has an unsupported format: convert it",
-        "huge": "has more than 20 megapixels", "bomb": "is too large to decode", "heavy": "is larger than 20 MB",
-    }.items():  # fmt: skip
+def test_unusable_uploads_raise_one_sentence(inspector, photo):
+    for file, reason in (
+        (b"not an image", "is not an image"),
+        (photo[:100], "is truncated or damaged"),
+        (b"", "is empty"),
+        (b"<svg onload=alert(1)>", "has an unsupported format: convert it"),
+        (encode_image(Image.new("RGB", (9, 9)), "PCX"), "has an unsupported format: convert it"),
+        (encode_image(Image.new("1", (5001, 4000)), "PNG"), "has more than 20 megapixels"),
+        (encode_image(Image.new("1", (14_000, 14_000)), "PNG"), "is too large to decode"),
+        (bytes(20 * 2**20 + 1), "is larger than 20 MB"),
+    ):
         with pytest.raises(ValueError, match=f"^This file {reason}.*; please choose"):
-            inspector.prepare_image(tmp_path / f"{name}.png")
+            inspector.prepare_image(file)
 
 
 def test_phone_photo_of_48_megapixels_is_shown(inspector, photo):
     """Of a JPEG with EXIF orientation, also beside a PNG that may have only 20."""
-    large = Image.open(photo).resize((8000, 6000))
+    large = Image.open(io.BytesIO(photo)).resize((8000, 6000), Image.Resampling.NEAREST)
     exif = Image.Exif()
     exif[0x0112] = 6
-    file = io.BytesIO()
-    large.rotate(90, expand=True).save(file, "JPEG", exif=exif)
+    file = encode_image(large.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif)
     shown, expected = (
         np.frombuffer(base64.b64decode(inspector.prepare_image(data)["pixels"]), dtype=np.uint8).astype(int)
-        for data in (file.getvalue(), photo)
+        for data in (file, photo)
     )
     assert np.abs(shown - expected).mean() < 4
 
@@ -123,11 +118,30 @@ def test_open_run_rejects_missing_and_damaged_snapshots(tmp_path):
         open_run(tmp_path / "run")
 
 
-def test_snapshots_count_from_the_end(inspector, photo):
+def test_opening_view_of_a_growing_run_follows_its_snapshots(tmp_path):
+    demo, run = DEMO.parent / "patterns", tmp_path / "run"
+    files = snapshot_files(demo)
+    (run / "snapshots").mkdir(parents=True)
+    shutil.copy(demo / "config.json", run)
+    shutil.copy(files[0], run / "snapshots")
+    growing, finished = open_run(run), open_run(demo)
+    growing.examples = finished.examples = dict(reversed(finished.examples.items()))  # the first is not learned best
+    before = growing.describe()["opening"]
+    for file in (files[1], files[-1]):
+        shutil.copy(file, run / "snapshots")
+    growing.refresh()
+    after = growing.describe()["opening"]
+    assert (
+        before["image"] == next(iter(finished.examples)) != after["image"] and after == finished.describe()["opening"]
+    )
+    image = growing.prepare_image(growing.examples[after["image"]].data)
+    first, *_, last = growing.layer_maps(image["pixels"], 0)["predictions"]
+    assert first[0][0] != last[0][0] == after["image"]
+
+
+def test_maps_for_one_query_patch(inspector, photo):
     pixels = inspector.prepare_image(photo)["pixels"]
     assert inspector.head_maps(pixels, 3, -1, 0) == inspector.head_maps(pixels, 3, 4, 0)
-    with pytest.raises(ValueError, match="a snapshot from -5 to 4"):
-        inspector.head_maps(pixels, 3, -6, 0)
     assert inspector.head_maps(pixels, 6, -1, 0)[0]["position"] is None
 
 
@@ -136,17 +150,15 @@ def test_models_of_any_grid_open(tmp_path, photo):
     torch.save(small.state_dict(), tmp_path / "small.pth")
     assert open_weights(tmp_path / "small.pth").config.grid == (6, 6)  # not resized to 224 px
     long = ConViT(ConViTConfig((1, 400), 1, num_classes=2, dim=12, depth=2, num_heads=1, gpsa_layers=1)).eval()
-    long.crop_pct = 1.0
-    display = AttentionInspector("long", ["a", "b"], [long], [None]).prepare_image(photo)["display"]
+    long.crop_pct, long.classes, long.epoch = 1.0, ["a", "b"], None
+    display = AttentionInspector("long", [long]).prepare_image(photo)["display"]
     with Image.open(io.BytesIO(base64.b64decode(display.partition(",")[2]))) as image:
         assert image.size == (400, 1)  # at least one pixel per patch
 
 
 def test_figures_use_the_pages_epoch_scale_and_show_changed_gates(inspector):
-    history = inspector.describe()
-    history["gate"] = [layers[3] for layers in history["gate"]]
     axes = Figure().add_subplot()
-    draw_gates(axes, history, 4, 4, [None] * 4 + [0.9] + [None] * 4)
+    draw_gates(axes, inspector.models, 3, 4, 4, [None] * 4 + [0.9] + [None] * 4)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "3", "10", "30"]
     np.testing.assert_allclose(axes.get_xticks(), np.log1p([0, 1, 3, 10, 30]))
     crosses = [line for line in axes.lines if line.get_marker() == "x"]
@@ -154,11 +166,11 @@ def test_figures_use_the_pages_epoch_scale_and_show_changed_gates(inspector):
 
 
 def test_gif_has_one_distinct_frame_per_snapshot(inspector, photo):
-    gif = render_gif(inspector, inspector.prepare_image(photo), 3, 4, 0)
-    with Image.open(io.BytesIO(gif)) as animation:
+    last = AttentionInspector("last", inspector.models[-2:])
+    view = last.prepare_image(photo) | {"layer": 3, "head": 4, "query": 0, "gates": None}
+    with Image.open(io.BytesIO(export_view(last, view, animated=True))) as animation:
         frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(animation)]
-    assert len(frames) == len(inspector.epochs)
-    assert all(np.abs(frame - following).mean() > 0.3 for frame, following in pairwise(frames))
+    assert len(frames) == 2 and np.abs(frames[0] - frames[1]).mean() > 0.3
 
 
 def test_training_queue_is_fair_and_drops_absent_sessions(tmp_path, monkeypatch):
@@ -166,7 +178,6 @@ def test_training_queue_is_fair_and_drops_absent_sessions(tmp_path, monkeypatch)
     script.write_text("""
 import pathlib, sys, time
 run = pathlib.Path(sys.argv[sys.argv.index("--run") + 1])
-run.mkdir()
 (run / "metrics.jsonl").write_text('{"epoch": 0}\\n')
 while not (run / "finish").exists(): time.sleep(0.02)
 """)
@@ -180,7 +191,7 @@ while not (run / "finish").exists(): time.sleep(0.02)
             time.sleep(0.02)
 
     def finish(session: str):
-        (training_queue.run_dir(session) / "finish").touch()
+        (training_queue.run_dirs[session] / "finish").touch()
         wait_for(session, "done")
 
     try:
@@ -201,15 +212,17 @@ while not (run / "finish").exists(): time.sleep(0.02)
             training_queue.handle(session, "start")
             wait_for(session, "training")
             finish(session)
-        (training_queue.run_dir("f") / "first").touch()
+        (training_queue.run_dirs["f"] / "first").touch()
         for _ in range(2):  # a second run that is stopped before its first epoch does not replace the first
             training_queue.handle("f", "start")
             wait_for("f", "training")
             training_queue.handle("f", "stop")
             assert training_queue.handle("f", "status")["state"] == "done"
-            assert (training_queue.run_dir("f") / "first").exists()
+            assert (training_queue.run_dirs["f"] / "first").exists()
+        training_queue.handle("g", "start")
+        assert training_queue.handle("g", "stop") == {"state": "idle"}  # stopped before its first epoch: no failure
         kept = list(training_queue.folder.iterdir())
-        assert len(kept) == sessions.MAX_KEPT_RUNS and not training_queue.run_dir("anna").exists()
+        assert len(kept) == sessions.MAX_KEPT_RUNS and "anna" not in training_queue.run_dirs
         states = [training_queue.handle(f"s{n}", "start")["state"] for n in range(sessions.MAX_QUEUE_LENGTH + 1)]
         assert states[-1] == "full"
         with pytest.raises(ValueError, match="letters and digits"):

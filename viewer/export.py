@@ -11,114 +11,99 @@ from threading import Lock
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from convit_min import kernel_shape
-from viewer.inspector import DISPLAY_SIZE, AttentionInspector, encode_image, open_run
-from viewer.limits import load_upload
+from convit_min import ConViT, kernel_shape
+from viewer.inspector import DISPLAY_SIZE, AttentionInspector, check_index, open_run, read_records
+from viewer.limits import encode_image, load_upload
 
 POSITION, CONTENT = "#d9730d", "#2f6fd0"  # as in page.css
 GATE_COLORS = LinearSegmentedColormap.from_list("gates", [CONTENT, POSITION])
-ON_IMAGE = np.array([(74, 144, 255), (255, 140, 26)]) / 255  # content and position, as in hero.js
+COLORS_ON_IMAGE = LinearSegmentedColormap.from_list("on image", ["#4a90ff", "#ff8c1a"])  # brighter, as in hero.js
 LINE_WIDTH = 22  # points of attention weight 1
 FRAME_MS, LAST_FRAME_MS = 900, 3000
 draw_lock = Lock()  # matplotlib is not thread-safe
 
 
-def render_png(
-    inspector: AttentionInspector, image: dict, layer: int, head: int, query: int, gates: list | None, snapshot: int
-) -> bytes:
-    """Where a query patch looks by one head and by all heads of its layer, and the layer's gates, as a PNG.
+def export_view(inspector: AttentionInspector, view: dict, animated: bool) -> bytes:
+    """A PNG of a view, or an animated GIF of it with a frame per snapshot.
 
-    `image` comes from inspector.prepare_image; `gates` (l h, or None) replace the trained ones where they are not None.
-    Raises ValueError for invalid arguments.
+    `view` is an image from inspector.prepare_image with the additional keys `layer`, `head`, `query` (a patch),
+    `snapshot` (of the PNG), and `gates` (those of inspector.recompute, or None). Raises ValueError if they are invalid.
     """
-    with draw_lock:
-        return encode_image(draw_view(inspector, image, layer, head, query, gates, snapshot), "PNG")
-
-
-def render_gif(
-    inspector: AttentionInspector, image: dict, layer: int, head: int, query: int, gates: list | None = None
-) -> bytes:
-    """The same as an animated GIF, one frame per snapshot."""
     frames = []
-    for snapshot in range(len(inspector.epochs)):
+    for snapshot in range(len(inspector.models)) if animated else [view["snapshot"]]:
         with draw_lock:  # per frame, so that other requests need not wait for the whole animation
-            frames.append(draw_view(inspector, image, layer, head, query, gates, snapshot))
+            frames.append(draw_view(inspector, view | {"snapshot": snapshot}))
+    if not animated:
+        return encode_image(frames[0], "PNG")
     palette = frames[-1].quantize(255)  # shared, so that colors do not flicker
     first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     durations = [FRAME_MS] * len(others) + [LAST_FRAME_MS]
     return encode_image(first, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
 
-def draw_view(
-    inspector: AttentionInspector, image: dict, layer: int, head: int, query: int, gates: list | None, snapshot: int
-) -> Image.Image:
+def draw_view(inspector: AttentionInspector, view: dict) -> Image.Image:
     """One frame: the image with the head's attention as lines, the layer's heads in kernel layout, and the gates."""
-    display = base64.b64decode(image["display"].partition(",")[2])
+    display = base64.b64decode(view["display"].partition(",")[2])
     pixels = np.asarray(load_upload(display, DISPLAY_SIZE)) / 255  # the browser sends it back
-    heads = inspector.head_maps(image["pixels"], layer, snapshot, query, gates)
-    if head not in range(len(heads)):
-        raise ValueError(f"expected a head from 0 to {len(heads) - 1}")
-    history = inspector.describe()
-    epoch, name = inspector.epochs[snapshot], f"layer {layer + 1}, head {head + 1}"
-    accuracy = dict(zip(*(history["curves"][key] for key in ("epochs", "test_accuracy")), strict=True)).get(epoch) \
-        if history["curves"] else None  # fmt: skip
+    layer, head, query, gates, snapshot = (view[name] for name in ("layer", "head", "query", "gates", "snapshot"))
+    heads = inspector.head_maps(view["pixels"], layer, snapshot, query, gates)
+    check_index("head", head + 1, 1, len(heads))
+    epoch = inspector.models[snapshot].epoch
+    accuracy = {record["epoch"]: record.get("test_accuracy") for record in read_records(inspector.run_dir)}.get(epoch)
 
     figure = Figure(figsize=(11.4, 4.3), dpi=90)
     left, center, right = figure.add_gridspec(
         1, 3, width_ratios=[1.1, 1, 0.9], wspace=0.1, left=0.015, right=0.985, top=0.86, bottom=0.11)  # fmt: skip
     moment = inspector.name if epoch is None else f"epoch {epoch}"
-    changed = " (gates changed by hand)" if gates else ""
-    measured = "" if accuracy is None or gates else f": test accuracy {accuracy:.0f}%"
-    figure.suptitle(f"{moment}{measured}{changed}", x=0.015, y=0.98, ha="left", fontsize=15, weight="bold")
-    draw_hero(figure.add_subplot(left), pixels, heads[head], query, f"where the framed patch looks: {name}")
+    measured = "" if accuracy is None else f": test accuracy {accuracy:.0f}%"
+    title = moment + (" (gates changed by hand)" if gates else measured)
+    figure.suptitle(title, x=0.015, y=0.98, ha="left", fontsize=15, weight="bold")
+    axes = figure.add_subplot(left)
+    draw_lines(axes, query, *draw_map(axes, 0.75 * pixels, heads[head], query, opacity=0.4))
+    axes.set_title(f"where the framed patch looks: layer {layer + 1}, head {head + 1}", fontsize=10, loc="left")
 
-    kernel_rows, kernel_columns = kernel_shape(len(heads))
-    cells = center.subgridspec(kernel_rows, kernel_columns, wspace=0.1, hspace=0.3)
+    rows, columns = kernel_shape(len(heads))
+    cells = center.subgridspec(rows, columns, wspace=0.1, hspace=0.3)
+    gray = 0.45 * pixels[::4, ::4].mean(axis=2, keepdims=True).repeat(3, axis=2)
     for index, maps in enumerate(heads):
-        axes = figure.add_subplot(cells[index % kernel_rows, index // kernel_rows])
+        axes = figure.add_subplot(cells[index % rows, index // rows])
         axes.set_title(f"head {index + 1}", fontsize=9, pad=3, weight="bold" if index == head else "normal")
-        draw_map(axes, pixels[::4, ::4], maps, query)
+        draw_map(axes, gray, maps, query)
         for spine in axes.spines.values():
             spine.set(color=GATE_COLORS(maps["gate"]), linewidth=5 if index == head else 2.5)
-    if history["gate"][0][layer]:
-        history["gate"] = [layers[layer] for layers in history["gate"]]
-        draw_gates(figure.add_subplot(right), history, head, snapshot, gates and gates[layer])
+    if layer in inspector.config.gpsa_blocks:
+        draw_gates(figure.add_subplot(right), inspector.models, layer, head, snapshot, gates and gates[layer])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
-def hues(maps: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Mixed weights of a head (Y X), and their colors (Y X 3): orange where they come from position, else blue."""
-    mixed = np.array(maps["mixed"])
-    share = maps["gate"] * np.array(maps["position"] or 0 * mixed) / np.maximum(mixed, 1e-9)
-    share = np.clip(2.5 * share - 0.75, 0, 1)[..., None]  # sharpened, as in hero.js
-    return mixed, (1 - share) * ON_IMAGE[0] + share * ON_IMAGE[1]
+def draw_map(axes, background: np.ndarray, maps: dict, query: int, opacity: float = 1):
+    """A head's mixed map over an image in 0..1 (H W 3), with the query patch.
 
-
-def draw_map(axes, pixels: np.ndarray, maps: dict, query: int, dim: float = 0.45, gray: bool = True):
-    """A head's mixed map over the dimmed image, with the query patch."""
-    weights, colors = hues(maps)
+    Returns the attention weights (Y X) and their colors (Y X 3): orange where they come from position, else blue.
+    """
+    weights = np.array(maps["mixed"])
+    share = maps["gate"] * np.array(maps["position"] or 0 * weights) / np.maximum(weights, 1e-9)
+    colors = COLORS_ON_IMAGE(2.5 * share - 0.75)[..., :3]  # sharpened, as in hero.js
     rows, columns = weights.shape
-    background = dim * (pixels.mean(axis=2, keepdims=True).repeat(3, axis=2) if gray else pixels)
     scale = max(weights.max(), 4 / weights.size)  # as on the page: flat maps stay dark
-    overlay = np.dstack([colors, np.sqrt(weights / scale) * (1 if gray else 0.4)])
-    for layer in (background, overlay):
-        axes.imshow(layer, extent=(0, columns, rows, 0), interpolation="nearest" if layer is overlay else "bilinear")
+    overlay = np.dstack([colors, opacity * np.sqrt(weights / scale)])
+    for pixels, interpolation in ((background, "bilinear"), (overlay, "nearest")):
+        axes.imshow(pixels, extent=(0, columns, rows, 0), interpolation=interpolation)
     for color, width in (("black", 3.5), ("white", 1.5)):
         axes.add_patch(Rectangle((query % columns, query // columns), 1, 1, fill=False, edgecolor=color, lw=width))
     axes.set(xticks=[], yticks=[], xlim=(0, columns), ylim=(rows, 0))
+    return weights, colors
 
 
-def draw_hero(axes, pixels: np.ndarray, maps: dict, query: int, title: str):
-    """The image with lines from the query patch, as wide as the attention weights."""
-    draw_map(axes, pixels, maps, query, dim=0.75, gray=False)
-    weights, colors = hues(maps)
+def draw_lines(axes, query: int, weights: np.ndarray, colors: np.ndarray):
+    """Lines from the query patch, as wide as the attention weights."""
     columns = weights.shape[1]
     for key in np.argsort(weights, axis=None):
         weight, color = weights.flat[key], colors.reshape(-1, 3)[key]
@@ -127,27 +112,27 @@ def draw_hero(axes, pixels: np.ndarray, maps: dict, query: int, title: str):
             width = max(LINE_WIDTH * weight, 0.8)
             axes.plot(*line, color="black", alpha=0.6, lw=width + 2, solid_capstyle="round")
             axes.plot(*line, color=color, lw=width, marker="o", ms=width + 2, markevery=[1], solid_capstyle="round")
-    axes.set_title(title, fontsize=10, loc="left")
 
 
-def draw_gates(axes, history: dict, head: int, snapshot: int, changed: list | None):
+def draw_gates(axes, models: list[ConViT], layer: int, head: int, snapshot: int, changed: list | None):
     """Gate of every head of a layer over the epochs, on a logarithmic scale as on the page; crosses: changed gates."""
-    x, gates = np.log1p([epoch or 0 for epoch in history["epochs"]]), np.array(history["gate"])
+    epochs = [model.epoch for model in models]
+    x = np.log1p([epoch or 0 for epoch in epochs])
+    gates = np.array([model.blocks[layer].attn.gate().tolist() for model in models])
     for index, values in enumerate(gates.T):
-        chosen = index == head
-        axes.plot(x, values, color=GATE_COLORS(values[-1]), lw=3.5 if chosen else 1.3, marker="o", ms=3)
+        axes.plot(x, values, color=GATE_COLORS(values[-1]), lw=3.5 if index == head else 1.3, marker="o", ms=3)
     for gate in changed or ():
         if gate is not None:
             axes.plot(x[snapshot], gate, "x", color="black", ms=9, mew=2, clip_on=False)
     axes.axvline(x[snapshot], color="0.3", linestyle=":")
     labels, left = [], np.inf  # the last tick, and those before it that do not overlap
-    for tick, epoch in zip(x[::-1], history["epochs"][::-1], strict=True):
+    for tick, epoch in zip(x[::-1], epochs[::-1], strict=True):
         fits = left - tick > 0.08 * max(x[-1], 1)
         labels, left = [*labels, "" if epoch is None or not fits else epoch], tick if fits else left
     axes.set(ylim=(-0.02, 1.02), xticks=x, xticklabels=labels[::-1], yticks=[0, 0.5, 1], xlabel="epoch")
     axes.set_title("gates of this layer", fontsize=10, loc="left")
-    for y, text, color in ((1, "position", POSITION), (0, "content", CONTENT)):
-        axes.text(x[0], abs(y - 0.05), text, color=to_rgb(color), fontsize=9, weight="bold", va="center")
+    for y, text, color in ((0.95, "position", POSITION), (0.05, "content", CONTENT)):
+        axes.text(x[0], y, text, color=color, fontsize=9, weight="bold", va="center")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -163,10 +148,13 @@ def main():
     args = parser.parse_args()
     try:
         inspector = open_run(args.run)
-        row, column = args.patch
-        query = (row - 1) * inspector.config.grid[1] + column - 1
-        image = inspector.prepare_image(args.image)
-        args.file.write_bytes(render_gif(inspector, image, args.layer - 1, args.head - 1, query))
+        (row, column), (rows, columns) = args.patch, inspector.config.grid
+        check_index("row", row, 1, rows)
+        check_index("column", column, 1, columns)
+        patch = (row - 1) * columns + column - 1
+        view = inspector.prepare_image(args.image.read_bytes())
+        view |= {"layer": args.layer - 1, "head": args.head - 1, "query": patch, "gates": None}
+        args.file.write_bytes(export_view(inspector, view, animated=True))
     except (ValueError, OSError) as error:
         sys.exit(f"viewer.export: {error}")
 

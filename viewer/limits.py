@@ -1,5 +1,6 @@
-"""Limits on what visitors send: requests are rejected before their body is read, images before they are decoded."""
+"""What browsers send, within limits, and images in the form that they display."""
 
+import base64
 import io
 
 from PIL import Image
@@ -31,13 +32,27 @@ def load_upload(data: bytes, min_size: int) -> Image.Image:
         raise ValueError(f"{str(error).replace('the file', 'This file', 1)}; please choose another image.") from None
 
 
-class RequestLimitMiddleware:
+def encode_image(image: Image.Image, file_format: str, **options) -> bytes:
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def data_url(data: bytes, file_format: str) -> str:
+    """An image file as a data URL, for the src of an <img>."""
+    return f"data:image/{file_format.lower()};base64,{encode_base64(data)}"
+
+
+def encode_base64(data: bytes) -> str:
+    """The text in which bytes travel to the browser."""
+    return base64.b64encode(data).decode()
+
+
+def limit_requests(app: ASGIApp) -> ASGIApp:
     """ASGI middleware that rejects large requests and uploads to Gradio's file cache, which the viewer does not use."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send):
+    async def limited(scope: Scope, receive: Receive, send: Send):
         rejection = None
         if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             length = dict(scope["headers"]).get(b"content-length", b"")
@@ -47,4 +62,6 @@ class RequestLimitMiddleware:
                 rejection = PlainTextResponse("Request too large.", 413)
             elif scope["path"].rstrip("/").endswith("/upload"):
                 rejection = PlainTextResponse("File uploads are disabled.", 403)
-        await (rejection or self.app)(scope, receive, send)
+        await (rejection or app)(scope, receive, send)
+
+    return limited

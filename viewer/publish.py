@@ -13,8 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
-from viewer.examples import describe_model, load_examples, open_demos
-from viewer.inspector import AttentionInspector
+from viewer.inspector import AttentionInspector, open_demos
 
 WEB = Path(__file__).parent / "web"
 INDEX = """<!doctype html>
@@ -43,30 +42,25 @@ def publish(models: dict[str, AttentionInspector], folder: Path):
     shutil.copytree(WEB, folder / "web", ignore=shutil.ignore_patterns("*.html", "*.css"), dirs_exist_ok=True)
     page, css = ((WEB / name).read_text() for name in ("page.html", "page.css"))
     (folder / "index.html").write_text(INDEX.format(page=page, css=css, first=next(iter(models))))
+    names = [{"key": key, "name": inspector.name} for key, inspector in models.items()]
     for key, inspector in models.items():
-        answers = {"model": describe_model(key, inspector, models) | {"other_curves": []}}
-        for name, example in load_examples(inspector).items():
+        answers = {"model": inspector.describe() | {"key": key, "models": names, "other_curves": []}}
+        for name, example in inspector.examples.items():
             answers |= image_answers(inspector, name, example.data)
         for name, answer in answers.items():
             file = folder / "data" / key / f"{name}.bin"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(encode(answer))
-
-
-def encode(answer: dict) -> bytes:
-    """An answer as a file."""
-    return gzip.compress(json.dumps(answer).encode(), mtime=0)
+            file.write_bytes(gzip.compress(json.dumps(answer).encode(), compresslevel=6, mtime=0))
 
 
 def image_answers(inspector: AttentionInspector, name: str, data: bytes) -> dict[str, dict]:
     """What the server answers to requests for an image, by the names that web/static.js loads."""
-    image, last = inspector.prepare_image(data), len(inspector.epochs) - 1
+    image, last, config = inspector.prepare_image(data), len(inspector.models) - 1, inspector.config
     answers = {name: image | {"name": name, "last": last}}
-    gated = inspector.describe()["gate"][last]
-    for layer in range(inspector.config.depth):
+    for layer in range(config.depth):
         answers[f"{name}-{layer}"] = inspector.layer_maps(image["pixels"], layer)
         for pin in (0, 1):
-            gates = [heads and [pin] * len(heads) for heads in gated]
+            gates = [[pin] * config.num_heads] * config.depth
             answers[f"{name}-{layer}-{pin}"] = inspector.recompute(image["pixels"], layer, last, gates)
     return answers
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from threading import RLock
 
-from analysis import read_metrics
+from viewer.inspector import read_records
 
 SCRIPT = Path(__file__).parent.parent / "train_cifar.py"
 EPOCHS = 7  # of 75 steps; gates and accuracy change most in epochs 3 and 4
@@ -27,7 +27,9 @@ class TrainingQueue:
         self.folder = Path(tempfile.mkdtemp(prefix="convit-viewer-"))
         self.queue: list[str] = []
         self.last_seen: dict[str, float] = {}  # monotonic time of a session's last request
+        self.run_dirs: dict[str, Path] = {}  # the run of every session that has trained, the latest start last
         self.process: subprocess.Popen | None = None  # of the first session in the queue
+        self.earlier_run: Path | None = None  # of that session, until the new one has finished an epoch
         self.started = 0.0
         self.lock = RLock()
 
@@ -37,26 +39,19 @@ class TrainingQueue:
         The status has a `state`: "idle", "full", "waiting" (with `position`, the number of sessions ahead), "training"
         (with `seconds_left`, or None), "done" or "failed". "training" and "done" also have `epoch` and `epochs`.
         """
-        run_dir = self.run_dir(session)
+        if not (isinstance(session, str) and session.isalnum() and len(session) <= 40):
+            raise ValueError("a session id has up to 40 letters and digits")
         with self.lock:
             if action == "start" and session not in self.queue:
                 if len(self.queue) >= MAX_QUEUE_LENGTH:
-                    return self._status(session) | {"state": "full"}  # keeps the session's earlier run
-                if run_dir.exists():  # kept until the new run has finished an epoch
-                    run_dir.rename(self._previous(run_dir))
+                    return self._status(session) | {"state": "full"}
                 self.queue.append(session)
             elif action == "stop" and session in self.queue:
                 self._remove(session)
             if session in self.queue:
                 self.last_seen[session] = time.monotonic()
-            self._advance_queue()
+            self._advance()
             return self._status(session)
-
-    def run_dir(self, session: str) -> Path:
-        """Run folder of a session. Raises ValueError for an invalid session id."""
-        if not (isinstance(session, str) and session.isalnum() and len(session) <= 40):
-            raise ValueError("a session id has up to 40 letters and digits")
-        return self.folder / session
 
     def close(self):
         """Stop training and delete all runs."""
@@ -64,18 +59,19 @@ class TrainingQueue:
             self._stop_process()
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _advance_queue(self):
+    def _advance(self):
         now = time.monotonic()
         for session in list(self.queue):
             if now - self.last_seen[session] > CLIENT_TIMEOUT:
                 self._remove(session)
         if self.process and self.process.poll() is not None:
-            self.process = None
             self._remove(self.queue[0])
         if self.queue and not self.process:
-            self._start_process(self.run_dir(self.queue[0]))
+            self._start(self.queue[0])
 
-    def _start_process(self, run_dir: Path):
+    def _start(self, session: str):
+        self.earlier_run = self.run_dirs.pop(session, None)
+        run_dir = self.run_dirs[session] = Path(tempfile.mkdtemp(dir=self.folder))  # never used before: see app.py
         command = ["nice", sys.executable, SCRIPT, *RECIPE, "--epochs", str(EPOCHS), "--run", run_dir]
         env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # idle threads leave the cores to the server
         quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
@@ -89,43 +85,38 @@ class TrainingQueue:
             self.process = None
 
     def _remove(self, session: str):
-        if session == self.queue[0]:
+        if self.process and session == self.queue[0]:
+            is_stopped = self.process.poll() is None
             self._stop_process()
+            count = len(self._records(session))
+            if count < 2 and self.earlier_run:
+                self.run_dirs[session], self.earlier_run = self.earlier_run, self.run_dirs[session]
+            elif count == 0 and is_stopped:  # it has not failed
+                self.earlier_run = self.run_dirs.pop(session)
+            if self.earlier_run:
+                shutil.rmtree(self.earlier_run, ignore_errors=True)
         self.queue.remove(session)
-        self.last_seen.pop(session, None)
-        run_dir, previous = self.run_dir(session), self._previous(self.run_dir(session))
-        if previous.exists() and self._count_records(run_dir) < 2:
-            shutil.rmtree(run_dir, ignore_errors=True)
-            previous.rename(run_dir)
-        shutil.rmtree(previous, ignore_errors=True)
-        finished = [run for run in self.folder.iterdir() if run.stem not in self.queue]
-        for run in sorted(finished, key=lambda run: run.stat().st_mtime)[:-MAX_KEPT_RUNS]:
-            shutil.rmtree(run, ignore_errors=True)
+        del self.last_seen[session]
+        finished = [session for session in self.run_dirs if session not in self.queue]
+        for session in finished[:-MAX_KEPT_RUNS]:
+            shutil.rmtree(self.run_dirs.pop(session), ignore_errors=True)
+
+    def _records(self, session: str) -> list[dict]:
+        """Metrics of the finished epochs of a session's run, and of epoch 0 before training."""
+        return read_records(self.run_dirs.get(session))
 
     def _status(self, session: str) -> dict:
         if session in self.queue[1:]:
             return {"state": "waiting", "position": self.queue.index(session)}
-        run_dir = self.run_dir(session)
-        records = self._count_records(run_dir)
-        progress = {"epoch": records - 1, "epochs": EPOCHS}
+        count = len(self._records(session))
+        progress = {"epoch": count - 1, "epochs": EPOCHS}
         if session in self.queue:
-            return {"state": "training", "seconds_left": self._seconds_left(run_dir, records)} | progress
-        if records == 0:
-            return {"state": "failed" if run_dir.exists() else "idle"}
+            left = None  # startup takes longer than an epoch
+            if count >= 2:
+                last_epoch = (self.run_dirs[session] / "metrics.jsonl").stat().st_mtime
+                left = (last_epoch - self.started) / count * (EPOCHS + 1 - count) - (time.time() - last_epoch)
+                left = max(round(left), 0)
+            return {"state": "training", "seconds_left": left} | progress
+        if count == 0:
+            return {"state": "failed" if session in self.run_dirs else "idle"}
         return {"state": "done"} | progress
-
-    @staticmethod
-    def _previous(run_dir: Path) -> Path:
-        return run_dir.with_suffix(".previous")
-
-    @staticmethod
-    def _count_records(run_dir: Path) -> int:
-        """Finished epochs, and epoch 0 before training."""
-        return len(read_metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
-
-    def _seconds_left(self, run_dir: Path, records: int) -> int | None:
-        if records < 2:
-            return None  # startup takes longer than an epoch
-        last_epoch = (run_dir / "metrics.jsonl").stat().st_mtime
-        left = (last_epoch - self.started) / records * (EPOCHS + 1 - records) - (time.time() - last_epoch)
-        return max(round(left), 0)
