@@ -1,73 +1,55 @@
-"""What the heads of a ConViT do, as tensors: gate, attention center, locality strength, and non-locality.
-
-All statistics are per layer and head (l h). Self-attention layers have no position: only their non-locality is a
-number, the rest is NaN.
-"""
+"""What the heads of a ConViT do, as tensors and plots: gate, attention center, locality strength, and non-locality."""
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from convit_min import GPSA, ConViT, HeadAttention
+from convit_min import ConViT, HeadAttention
 from images import preprocess
 
 MAP_ELEMENTS = 2**20  # of one head that `head_statistics` holds in memory at once
 
 
 class HeadStatistics(NamedTuple):
-    """Statistics of all heads; NaN in self-attention layers, except for the non-locality."""
+    """Statistics of all layers and heads. Self-attention layers have no position: NaN, except for non_locality."""
 
     gate: Tensor  # l h: sigmoid(gating_param); 1 is position only, 0 content only
-    center: Tensor  # l h 2: attention center (dx, dy) in patches, right and down are positive
-    strength: Tensor  # l h: locality strength alpha; negative if the head avoids its center
+    center: Tensor  # l h 2: attention center (dx, dy) in patches, right and down are positive; NaN if strength is 0
+    strength: Tensor  # l h: locality strength alpha, the inverse squared width; if negative, heads avoid the center
     non_locality: Tensor  # l h: mean attention distance in patches
 
 
 @torch.no_grad()
-def head_statistics(model: ConViT, images: Tensor, batch_size: int | None = None) -> HeadStatistics:
-    """Statistics of all heads; the non-locality is measured on normalized images (b c H W), on each layer's own input.
-
-    Without a batch size, images are processed in batches whose attention maps fit in memory.
-    """
+def head_statistics(model: ConViT, images: Tensor) -> HeadStatistics:
+    """Statistics of all heads. Non-locality is measured on normalized images (b c H W), on each layer's own input."""
     was_training = model.training
     model.eval()
     grid = tuple(side // model.config.patch_size for side in images.shape[-2:])
-    batch_size = batch_size or max(1, min(16, MAP_ELEMENTS // math.prod(grid) ** 2))
+    batch_size = max(1, min(16, MAP_ELEMENTS // math.prod(grid) ** 2))
     total = 0
     for batch in images.split(batch_size):
         _, attention = model(batch, return_attention=True)
         total += torch.stack([non_locality(layer, grid) for layer in attention]) * len(batch)
     model.train(was_training)
-    return HeadStatistics(gates(model), attention_centers(model), locality_strengths(model), total / len(images))
+    v_pos = torch.full((*total.shape, 3), torch.nan, device=total.device)  # l h 3
+    for index in model.config.gpsa_blocks:
+        v_pos[index] = model.blocks[index].attn.pos_proj.weight
+    strength = -v_pos[:, :, 2:]
+    center = torch.where(strength == 0, torch.nan, v_pos[:, :, :2] / (2 * strength))
+    return HeadStatistics(gates(model), center, strength[:, :, 0], total / len(images))
 
 
+@torch.no_grad()
 def gates(model: ConViT) -> Tensor:
-    """The gate of every head (l h)."""
-    return _per_head(model, GPSA.gate)
-
-
-def locality_strengths(model: ConViT) -> Tensor:
-    """alpha = -v_pos[2] of every head (l h): the inverse squared width of its positional attention."""
-    return _per_head(model, lambda attn: -attn.pos_proj.weight[:, 2])
-
-
-def attention_centers(model: ConViT) -> Tensor:
-    """(dx, dy) = v_pos[:2] / (2 alpha) of every head, in patches (l h 2). NaN if alpha is 0, since there is no center.
-
-    A head with a negative alpha avoids this point.
-    """
-
-    def center(attn: GPSA) -> Tensor:
-        v_pos = attn.pos_proj.weight
-        curvature = v_pos[:, 2:]
-        return torch.where(curvature == 0, torch.nan, v_pos[:, :2] / (-2 * curvature))
-
-    return _per_head(model, center, (2,))
+    """The gate of every head (l h); NaN in self-attention layers."""
+    gates = torch.full((model.config.depth, model.config.num_heads), torch.nan, device=model.pos_embed.device)
+    for index in model.config.gpsa_blocks:
+        gates[index] = model.blocks[index].attn.gate()
+    return gates
 
 
 def non_locality(attention: HeadAttention, grid: tuple[int, int]) -> Tensor:
@@ -101,9 +83,8 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
     its maximum, but at least to four times uniform attention. Returns a matplotlib Figure. Raises ValueError for an
     unreadable image, or a layer, head, or query that is out of range.
     """
-    import matplotlib.pyplot  # noqa: F401 (notebooks display figures only after this import)
-    from matplotlib.figure import Figure  # not needed for statistics
-    from matplotlib.patches import Rectangle
+    # here, since statistics do not need it; from pyplot, since notebooks display figures only after its import
+    from matplotlib.pyplot import Figure, Rectangle
 
     pixels = preprocess(model, image)
     attention = model(pixels, return_attention=True)[1]
@@ -144,10 +125,3 @@ def read_metrics(run_dir: Path) -> list[dict]:
     """The records of metrics.jsonl, one per epoch. An incomplete last line, of an interrupted run, is ignored."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _per_head(model: ConViT, statistic: Callable[[GPSA], Tensor], shape: tuple[int, ...] = ()) -> Tensor:
-    """A statistic, of the given shape per head, of every layer (l h ...); NaN in self-attention layers."""
-    nan = torch.full((model.config.num_heads, *shape), torch.nan, device=model.pos_embed.device)
-    layers = [block.attn for block in model.blocks]
-    return torch.stack([statistic(attn).detach().float() if isinstance(attn, GPSA) else nan for attn in layers])

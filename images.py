@@ -19,15 +19,8 @@ MIN_SIZE = 768  # shorter side of an image, in pixels, to decode a JPEG to
 
 
 @cache
-def image_formats() -> list[str]:
-    """The formats that Pillow decodes by itself."""
-    Image.init()
-    return [name for name in Image.ID if name not in NOT_DECODED]
-
-
-@cache
 def image_extensions() -> set[str]:
-    """The file extensions of `image_formats`, in lower case and with the dot."""
+    """The file extensions of the formats that Pillow decodes by itself, in lower case and with the dot."""
     return {extension for extension, name in Image.registered_extensions().items() if name not in NOT_DECODED}
 
 
@@ -35,8 +28,9 @@ def image_extensions() -> set[str]:
 def open_image(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
     """Open an image file. Raises ValueError if it cannot be opened or, in the body, decoded: the message says why."""
     name = file if isinstance(file, str | Path) else "the file"
+    Image.init()  # registers all formats
     try:
-        with Image.open(file, formats=image_formats()) as image:
+        with Image.open(file, formats=[format for format in Image.ID if format not in NOT_DECODED]) as image:
             yield image
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} {_unidentified(file)}") from error
@@ -89,9 +83,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(np.nan_to_num((pixels * scale).clip(0, 255)).astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
-    image = image.convert("RGBA")
     background = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(background, image).convert("RGB")
+    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
 
 
 def load_crop(image, height: int, width: int, crop_pct: float) -> Tensor:
@@ -125,10 +118,7 @@ def preprocess(model, image) -> Tensor:
 
 
 def center_crop(image: Image.Image, height: int, width: int, crop_pct: float = 1.0) -> Image.Image:
-    """A centered crop with the aspect ratio height : width, resized to that size.
-
-    It has the fraction `crop_pct` of the largest such crop's sides.
-    """
+    """A centered crop, resized to height x width: the fraction `crop_pct` of the sides of the largest such crop."""
     return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC, bleed=(1 - crop_pct) / 2)
 
 

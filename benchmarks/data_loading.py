@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from benchmarks.timing import benchmark_parser, time_interleaved, write_results
-from images import normalize
+from images import MEAN, STD, normalize
 from training.augment import random_crop, random_erasing, random_hflip
 from training.checkpoint import provenance
 from training.distributed import UserError
@@ -29,38 +29,13 @@ TORCHVISION = v2.Compose([
     v2.RandAugment(2, 9, num_magnitude_bins=11),
     v2.PILToTensor(),
     v2.ToDtype(torch.float32, scale=True),
-    v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    v2.Normalize(MEAN, STD),
 ])  # fmt: skip
 
 
 def call_on_each(function: Callable, items: Iterable):
     for item in items:
         function(item)
-
-
-def load_with_torchvision(file: Path):
-    with Image.open(file) as image:
-        TORCHVISION(image.convert("RGB"))
-
-
-def time_loading(files: list[Path]) -> dict[str, float]:
-    """Seconds per image of each step of loading."""
-    count = len(files)
-    labels = torch.zeros(count, dtype=torch.long)
-    ours, no_randaugment = (ImageFolderDataset(files, labels, SIZE, magnitude) for magnitude in (9, 0))
-    batches = torch.stack([no_randaugment.read(file) for file in files]).split(32)
-    cifar_batches = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8).split(64)
-    steps = {
-        "ours": (ours.read, files),
-        "no RandAugment": (no_randaugment.read, files),
-        "decode": (lambda file: decode_crop(file, SIZE), files),
-        "read": (Path.read_bytes, files),
-        "device": (lambda images: random_erasing(normalize(random_hflip(images)), 0.25), batches),
-        "CIFAR": (lambda images: normalize(random_hflip(random_crop(images, 4))), cifar_batches),
-        "torchvision": (load_with_torchvision, files),
-    }
-    seconds = time_interleaved({name: partial(call_on_each, *step) for name, step in steps.items()}, repetitions=5)
-    return {name: duration / count for name, duration in seconds.items()}
 
 
 def main():
@@ -75,7 +50,21 @@ def main():
         parser.error(str(error))
 
     header = provenance(torch.device("cpu")) | {"images": len(files), "size": SIZE}
-    seconds = time_loading(files)
+    labels = torch.zeros(len(files), dtype=torch.long)
+    ours, no_randaugment = (ImageFolderDataset(files, labels, SIZE, magnitude) for magnitude in (9, 0))
+    batches = torch.stack([no_randaugment.read(file) for file in files]).split(32)
+    cifar_batches = torch.randint(0, 256, (len(files), 3, 32, 32), dtype=torch.uint8).split(64)
+    steps = {
+        "torchvision": (lambda file: TORCHVISION(Image.open(file).convert("RGB")), files),
+        "ours": (ours.read, files),
+        "read": (Path.read_bytes, files),
+        "decode": (lambda file: decode_crop(file, SIZE), files),
+        "no RandAugment": (no_randaugment.read, files),
+        "device": (lambda images: random_erasing(normalize(random_hflip(images)), 0.25), batches),
+        "CIFAR": (lambda images: normalize(random_hflip(random_crop(images, 4))), cifar_batches),
+    }
+    seconds = time_interleaved({name: partial(call_on_each, *step) for name, step in steps.items()}, repetitions=5)
+    seconds = {name: duration / len(files) for name, duration in seconds.items()}  # per image
     rows = {
         "torchvision's transforms, in the worker": seconds["torchvision"],
         "ours, in the worker": seconds["ours"],
@@ -89,10 +78,9 @@ def main():
     }
     lines = ["| one thread | ms per image | images/s |", "|---|---|---|"]
     lines += [f"| {name} | {1000 * duration:.3f} | {1 / duration:.0f} |" for name, duration in rows.items()]
-    speedup = seconds["torchvision"] / seconds["ours"]
-    speedup_without_randaugment = seconds["torchvision"] / seconds["no RandAugment"]
-    lines.append(f"\nIn the worker, our loader is {speedup:.2f} times as fast as torchvision's transforms, "
-                 f"and {speedup_without_randaugment:.2f} times without RandAugment.\n")  # fmt: skip
+    speedups = [seconds["torchvision"] / seconds[name] for name in ("ours", "no RandAugment")]
+    lines.append("\nIn the worker, our loader is {:.2f} times as fast as torchvision's transforms, and {:.2f} times "
+                 "without RandAugment.\n".format(*speedups))  # fmt: skip
     write_results(args.out, "data_loading", header, "\n".join(lines), {"seconds": rows})
 
 

@@ -21,19 +21,17 @@ def benchmark_parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def time_calls(function: Callable[[], object], calls: int = 1, device: str = "cpu") -> float:
-    """Seconds per call. On CUDA, one synchronization follows the last call."""
+def time_calls(function: Callable[[], object], calls: int = 1) -> float:
+    """Seconds per call. If CUDA is in use, one synchronization follows the last call."""
     start = time.perf_counter()
     for _ in range(calls):
         function()
-    if device == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / calls
 
 
-def time_interleaved(
-    functions: dict[str, Callable[[], object]], repetitions: int, device: str = "cpu"
-) -> dict[str, float]:
+def time_interleaved(functions: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
     """Median seconds per call of each function over `repetitions` timings.
 
     The functions take turns, so that a slowdown of the machine affects all of them. Each is first called twice to warm
@@ -41,13 +39,10 @@ def time_interleaved(
     """
     calls = {}
     for name, function in functions.items():
-        time_calls(function, device=device)
-        calls[name] = math.ceil(MIN_SECONDS / time_calls(function, device=device))
-    timings = {name: [] for name in functions}
-    for _ in range(repetitions):
-        for name, function in functions.items():
-            timings[name].append(time_calls(function, calls[name], device))
-    return {name: statistics.median(seconds) for name, seconds in timings.items()}
+        time_calls(function)
+        calls[name] = math.ceil(MIN_SECONDS / time_calls(function))
+    turns = [{name: time_calls(functions[name], calls[name]) for name in functions} for _ in range(repetitions)]
+    return {name: statistics.median(seconds[name] for seconds in turns) for name in functions}
 
 
 def write_results(folder: Path, name: str, header: dict, markdown: str, results: dict):

@@ -41,9 +41,10 @@ def test_center_is_nan_for_flat_and_avoided_for_negative_strength():
     assert heads.center[0, 1].tolist() == [2.0, -1.0] and heads.strength[0, 1] == -1
 
 
-def test_non_locality_uses_each_layers_own_input():
+def test_non_locality_uses_each_layers_own_input(monkeypatch):
+    monkeypatch.setattr("analysis.MAP_ELEMENTS", 2 * 35**2)  # batches of two
     model, images = perturb(ConViT(CONFIG)).train(), torch.randn(5, 3, 20, 28)
-    measured = head_statistics(model, images, batch_size=2).non_locality
+    measured = head_statistics(model, images).non_locality
     assert model.training
     with torch.no_grad():
         attention = model.eval()(images, return_attention=True)[1]

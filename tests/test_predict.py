@@ -70,7 +70,7 @@ def test_all_paths_preprocess_identically(size, photo, tmp_path):
     streamed = ImageFolderDataset([file], torch.zeros(1), size, crop_pct=default_crop_pct(size, size)).read(file)
     assert torch.equal(test.images[0], streamed)
     inspector = open_run(tmp_path / "run")
-    page = inspector._decode_pixels(inspector.prepare_image(file)["pixels"], 0)
+    page = inspector._decode_pixels(inspector.prepare_image(file.read_bytes())["pixels"], 0)
     assert page == streamed.permute(1, 2, 0).numpy().tobytes()
     with torch.no_grad():
         expected = model(normalize(streamed[None]))[0].softmax(0)
@@ -91,24 +91,6 @@ def test_command_line(photo, tmp_path, monkeypatch, capsys):
     (photos / "c.txt").write_text("not an image, either")
     (photos / "d.png").symlink_to("missing")
     attention = tmp_path / "heads.png"
-    command = [sys.executable, ROOT / "predict.py", DEMO, photos, files[2]]
-    options = ["--json", "--attention", attention, "--layer", "5"]
-    result = subprocess.run([*command, *options], capture_output=True, text=True)
-    records = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [record["file"] for record in records] == list(map(str, files))
-    assert len(records[0]["classes"]) == 3 and Image.open(attention).width > 300
-    assert result.returncode == 1 and result.stderr.splitlines() == [
-        f"note: skipped: 1 without an image extension ({photos}/c.txt)",
-        f"predict.py: {photos}/a.jpg is not an image",
-        f"predict.py: {photos}/d.png cannot be opened: No such file or directory",
-    ]
-    (photos / "a.jpg").unlink()
-    (photos / "d.png").unlink()
-    read_end, write_end = os.pipe()
-    os.close(read_end)  # as `| head` does
-    result = subprocess.run([*command, "--json"], stdout=write_end, stderr=subprocess.PIPE, text=True)
-    os.close(write_end)
-    assert result.stderr.count("\n") == 1 and "c.txt" in result.stderr
 
     def run(*args) -> str:
         monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args)])
@@ -117,6 +99,24 @@ def test_command_line(photo, tmp_path, monkeypatch, capsys):
             main()
         return str(stop.value)
 
+    assert run(DEMO, photos, files[2], "--json", "--attention", attention, "--layer", "5") == "1"
+    output = capsys.readouterr()
+    records = [json.loads(line) for line in output.out.splitlines()]
+    assert [record["file"] for record in records] == list(map(str, files))
+    assert len(records[0]["classes"]) == 3 and Image.open(attention).width > 300
+    assert output.err.splitlines() == [
+        f"note: skipped: 1 without an image extension ({photos}/c.txt)",
+        f"predict.py: {photos}/a.jpg is not an image",
+        f"predict.py: {photos}/d.png cannot be opened: No such file or directory",
+    ]
+    (photos / "a.jpg").unlink()
+    (photos / "d.png").unlink()
+    read_end, write_end = os.pipe()
+    os.close(read_end)  # as `| head` does
+    command = [sys.executable, ROOT / "predict.py", DEMO, photos, "--json"]
+    result = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert result.stderr.count("\n") == 1 and "c.txt" in result.stderr
     assert run(DEMO, photos, "--csv", "--top", "2") == "0"
     header, *rows = csv.reader(capsys.readouterr().out.splitlines())
     assert header == ["file", "class 1", "probability 1", "class 2", "probability 2"]

@@ -36,8 +36,13 @@ FILES = {  # what people have
     },
     "EMA": lambda state: {"model_ema": prefixed(state, "module.")},
     "timm's EMA": lambda state: {"state_dict_ema": state},
-    "Lightning": lambda state: {"state_dict": prefixed(state, "model."), "pytorch-lightning_version": "2.5"},
+    "Lightning": lambda state: {  # with the weights of a loss, and the name of the model
+        "state_dict": prefixed(state, "net.backbone.") | {"criterion.weight": torch.ones(5)},
+        "pytorch-lightning_version": "2.5",
+        "model": "convit_tiny",
+    },
     "compiled DDP": lambda state: {"model": prefixed(state, "_orig_mod.module.")},
+    "AveragedModel": lambda state: {"n_averaged": torch.tensor(3)} | prefixed(state, "module."),
 }
 
 
@@ -69,7 +74,10 @@ def test_open_model_infers_the_size_or_says_that_it_is_unknown(tmp_path):
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
     opened = open_model(tmp_path / "weights.pt")
     assert not opened.training and same_weights(trained, opened)
-    assert opened.classes[6] == "class 6" and opened.crop_pct == 0.875
+    assert opened.classes[6] == "class 6" and not opened.has_class_names and opened.crop_pct == 0.875
+    record = {"model": trained.state_dict(), "model_config": asdict(trained.config), "classes": opened.classes}
+    torch.save(record, tmp_path / "named.pt")
+    assert open_model(tmp_path / "named.pt").has_class_names  # also by these names
     torch.save(ConViT(CONFIG).state_dict(), tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="does not match any model"):
         open_model(tmp_path / "odd.pt")
@@ -196,9 +204,16 @@ def test_bad_files_give_one_sentence_and_execute_nothing(tmp_path):
     torch.save({"model": model.state_dict(), "model_config": {"layers": 3}}, tmp_path / "config")
     torch.save({"conv1.weight": torch.zeros(3, 3), "pos_embed": torch.zeros(2)}, tmp_path / "foreign")
     torch.save({"pos_embed": torch.zeros(1, 5, 36), "head.weight": torch.tensor(1.0)}, tmp_path / "short")
+    torch.save(prefixed(model.state_dict(), "student.") | prefixed(model.state_dict(), "teacher."), tmp_path / "two")
     torch.save(model, tmp_path / "pickled")
-    with pytest.raises(ValueError, match="pickled contains a pickled model or other objects: save its state_dict"):
-        load_weights(model, tmp_path / "pickled")
+    reasons = {
+        "pickled": "contains a pickled model or other objects: save its state_dict",
+        "two": r"contains several models \(student\..*, teacher\..*\): save the state_dict of one",
+        "whole.pt/file": "cannot be read: Not a directory",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(ValueError, match=f"{name} {reason}"):
+            load_weights(model, tmp_path / name)
     for name in (*bad, "malicious_zip", "list", "tensor", "config", "foreign", "short"):
         with pytest.raises(ValueError, match=name):
             load_weights(model, tmp_path / name)
