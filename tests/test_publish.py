@@ -46,9 +46,7 @@ def site(folder):
 
 
 def shown_predictions(page) -> list:
-    return page.evaluate(
-        "(convit.state.recomputed ?? { predictions: convit.state.maps.predictions.at(-1) }).predictions"
-    )
+    return page.evaluate("(convit.state.recomputed ?? convit.state.maps.at(-1)).predictions")
 
 
 def test_page_works_without_a_server(browser, site, models):
@@ -58,7 +56,7 @@ def test_page_works_without_a_server(browser, site, models):
         with open_page(browser, f"{site}#model={key}&image={name}&epoch={model.models[last].epoch}&layer=2") as page:
             assert page.evaluate("convit.state.snapshot") == last
             answer = model.layer_maps(pixels, 1)
-            assert page.evaluate("convit.state.maps.peaks") == answer["peaks"]
+            assert page.evaluate("convit.state.maps.map(({ peaks }) => peaks)") == answer["peaks"]
             assert shown_predictions(page) == [list(row) for row in answer["predictions"][last]]
             for pin in (1, 0):
                 page.locator(f"[data-scope=model][data-pin='{pin}']").click()
@@ -74,3 +72,14 @@ def test_published_page_is_small(models, folder):
     """GitHub Pages and a visitor's first load."""
     for key in models:
         assert sum(file.stat().st_size for file in (folder / "data" / key).iterdir()) < 2 * 2**20  # of one image
+
+
+def test_page_without_a_server_offers_only_what_it_can_do(browser, site):
+    with open_page(browser, site) as page:
+        for text in ("Upload", "sent only to this page", "Save view", "Save training", "Train a tiny model"):
+            assert page.get_by_text(text).is_hidden()
+        assert "python app.py" in page.get_by_text("To see your own images").inner_text()
+        for scheme, is_dark in (("light", False), ("dark", True)):
+            page.emulate_media(color_scheme=scheme)
+            color = page.evaluate("getComputedStyle(document.querySelector('.viewer')).color")
+            assert (int(color.removeprefix("rgb(").split(",")[0]) > 128) is is_dark

@@ -22,17 +22,19 @@ INDEX = """<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>ConViT: watch heads escape locality</title>
 <style>
-body {{ margin: 0; padding: 24px; }}
-@media (max-width: 700px) {{ body {{ padding: 8px; }} }}
-{css}
+html {{ color-scheme: light dark; }}
+body {{
+  margin: 0; padding: 24px;
+  @media (max-width: 700px) {{ padding: 8px; }}
+  {css}
+}}
 </style>
 {page}
 <script type="module">
   import {{ start }} from "./web/main.js";
-  import {{ staticSource }} from "./web/static.js";
-  import {{ showError }} from "./web/view.js";
+  import {{ staticServer }} from "./web/static.js";
 
-  start(document.body, null, staticSource(new URL("data/", document.baseURI), "{first}", showError));
+  start(staticServer(new URL("data/", document.baseURI), "{first}"), true);
 </script>
 """
 
@@ -56,7 +58,7 @@ def publish(models: dict[str, AttentionInspector], folder: Path):
 def image_answers(inspector: AttentionInspector, name: str, data: bytes) -> dict[str, dict]:
     """What the server answers to requests for an image, by the names that web/static.js loads."""
     image, last, config = inspector.prepare_image(data), len(inspector.models) - 1, inspector.config
-    answers = {name: image | {"name": name, "last": last}}
+    answers = {name: image | {"pixels": name}}  # with which the page asks for its maps
     for layer in range(config.depth):
         answers[f"{name}-{layer}"] = inspector.layer_maps(image["pixels"], layer)
         for pin in (0, 1):

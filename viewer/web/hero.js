@@ -1,13 +1,17 @@
 // The large image: where the query patch looks, by one head, as lines and an overlay.
 
+import { find } from "./dom.js";
 import { massThreshold, scaleOf } from "./maps.js";
-import { currentExample, find, KINDS, numPatches, placeOf, shownKind, state } from "./state.js";
+import { currentExample, KINDS, numPatches, placeOf, shownKind, state } from "./state.js";
 
 // brighter than in page.css: on images
 export const POSITION = [255, 140, 26], CONTENT = [74, 144, 255];
-const SIZE = 640; // pixels of the longer side
+export const SIZE = 640; // pixels of the longer side
 const LINE_WIDTH = 36; // of attention weight 1
 const ANIMATION_MS = 600;
+
+// Pixels per patch of an image whose longer side has at most this size.
+export const patchSide = (size) => Math.floor(size / Math.max(...state.model.grid)) || 1;
 
 const sharpen = (share) => Math.min(1, Math.max(0, 2.5 * share - 0.75)); // halves would look gray
 
@@ -27,14 +31,14 @@ let drawn = {}; // the maps on display, and what they belong to
 export function drawHero(maps) {
   const id = ++animation;
   const { image, layer, head, query } = state;
+  const view = { image, layer, head, query };
   const from = drawn.maps;
-  const isSame = drawn.image === image && drawn.layer === layer && drawn.head === head
-    && drawn.query === query;
-  drawn = { image, layer, head, query, maps };
+  const isSame = Object.keys(view).every((name) => view[name] === drawn[name]);
+  drawn = { ...view, maps };
   if (!isSame || matchMedia("(prefers-reduced-motion: reduce)").matches) return paint(maps);
   const start = performance.now();
   const frame = () => {
-    if (id !== animation) return; // superseded
+    if (id !== animation || image !== state.image) return; // superseded
     const t = Math.min(1, (performance.now() - start) / ANIMATION_MS);
     const blend = (a, b) => a + (b - a) * t;
     const between = { gate: blend(from.gate, maps.gate) };
@@ -48,17 +52,16 @@ export function drawHero(maps) {
 }
 
 function paint(maps) {
+  const bitmap = state.image.bitmaps[find(".show-input").checked ? "input" : "display"];
+  const { width, height } = bitmap;
   const canvas = find(".image");
-  const context = canvas.getContext("2d");
-  const [rows, columns] = state.model.grid;
-  const side = Math.floor(SIZE / Math.max(rows, columns)) || 1;
-  const [width, height] = [columns * side, rows * side];
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
-  const scaled = rescale(state.bitmaps[find(".show-input").checked ? "input" : "display"], canvas);
+  const context = canvas.getContext("2d");
+  const side = patchSide(SIZE);
   const cornerOf = (key) => placeOf(key).map((index) => index * side);
   const opacity = option("opacity");
   context.globalAlpha = 1;
-  context.drawImage(scaled, 0, 0);
+  context.drawImage(bitmap, 0, 0);
   context.globalAlpha = opacity;
   context.fillStyle = "rgb(12, 14, 24)"; // a veil, lifted where the patch looks
   context.fillRect(0, 0, width, height);
@@ -67,14 +70,16 @@ function paint(maps) {
   const map = maps[kind];
   const maximum = scaleOf(Math.max(...map), numPatches());
   const threshold = massThreshold(map, option("mass"));
-  const keys = [...map.keys()].filter((key) => map[key] >= threshold);
+  const keys = [...map.keys()].filter((key) => map[key] >= threshold)
+    .sort((a, b) => map[a] - map[b]); // the largest on top
+  const colorOf = (key) => `rgb(${hueOf(maps, kind, key)})`;
   for (const key of keys) {
     const strength = Math.sqrt(Math.min(1, map[key] / maximum));
     const patch = [...cornerOf(key), side, side];
     context.globalAlpha = strength;
-    context.drawImage(scaled, ...patch, ...patch);
+    context.drawImage(bitmap, ...patch, ...patch);
     context.globalAlpha = opacity * strength * 0.8;
-    context.fillStyle = `rgb(${hueOf(maps, kind, key)})`;
+    context.fillStyle = colorOf(key);
     context.fillRect(...patch);
   }
   context.globalAlpha = 1;
@@ -85,10 +90,8 @@ function paint(maps) {
     strokeRect(context, [left, top, right - left + side, bottom - top + side], "white", side / 24);
     context.setLineDash([]);
   }
-  keys.sort((a, b) => map[a] - map[b]);
   for (const key of keys.filter((key) => map[key] > 1.25 / numPatches())) {
-    const color = `rgb(${hueOf(maps, kind, key)})`;
-    drawLine(context, cornerOf(state.query), cornerOf(key), side, map[key], color);
+    drawLine(context, cornerOf(state.query), cornerOf(key), side, map[key], colorOf(key));
   }
   const frame = [...cornerOf(state.query), side, side];
   strokeRect(context, frame, "black", side / 8);
@@ -100,39 +103,23 @@ export function strokeRect(context, box, strokeStyle, lineWidth) {
   context.strokeRect(...box);
 }
 
-// The image at the size of the canvas; scaling it once saves time at every mouse move.
-let cache = {};
-function rescale(bitmap, { width, height }) {
-  if (cache.bitmap === bitmap && cache.canvas.width === width) return cache.canvas;
-  const canvas = Object.assign(document.createElement("canvas"), { width, height });
-  const context = canvas.getContext("2d");
-  context.imageSmoothingEnabled = bitmap !== state.bitmaps.input;
-  context.drawImage(bitmap, 0, 0, width, height);
-  cache = { bitmap, canvas };
-  return canvas;
-}
-
-// A line with a dark edge from the query patch, as wide as the weight; a ring for a patch that
-// looks at itself.
+// A line from the query patch, as wide as the weight; a ring for a patch that looks at itself.
 function drawLine(context, from, to, side, weight, color) {
-  const center = (corner) => corner.map((coordinate) => coordinate + side / 2);
+  const [start, end] = [from, to].map((corner) => corner.map((value) => value + side / 2));
   const isRing = String(from) === String(to);
   const width = Math.max(LINE_WIDTH * weight, 1);
   context.lineCap = "round";
   for (const [style, edge] of [["rgba(0, 0, 0, 0.55)", 2], [color, 0]]) {
-    context.strokeStyle = context.fillStyle = style;
-    context.lineWidth = width + 2 * edge;
+    Object.assign(context, { strokeStyle: style, fillStyle: style, lineWidth: width + 2 * edge });
     context.beginPath();
-    if (isRing) {
-      context.arc(...center(to), side * 0.28, 0, 7);
-      context.stroke();
-      continue;
+    if (isRing) context.arc(...end, side * 0.28, 0, 7);
+    else {
+      context.moveTo(...start);
+      context.lineTo(...end);
     }
-    context.moveTo(...center(from));
-    context.lineTo(...center(to));
     context.stroke();
     context.beginPath();
-    context.arc(...center(to), width / 2 + 3 + edge, 0, 7);
+    if (!isRing) context.arc(...end, width / 2 + 3 + edge, 0, 7);
     context.fill();
   }
 }

@@ -1,31 +1,168 @@
-// Starts the page in `element`. `server` has the functions of app.py.
+// Starts the page, and handles the events of its controls.
 
-import { bindAll } from "./controls.js";
-import { serverSource } from "./source.js";
-import { find, headMaps, isGrowing, isOwn, SESSION, state } from "./state.js";
-import { bindTour } from "./tour.js";
-import { loadNewSnapshots, train } from "./train.js";
+import { epochAt } from "./charts.js";
+import { find, findAll, on, onClick, render, viewer } from "./dom.js";
+import { drawSelection, headOf } from "./heads.js";
+import { bindKernel } from "./kernel.js";
+import { allHeads, changedGate, changedGates, gatedLayers, headMaps, isGrowing, isOwn, patchAt,
+  placeOf, SESSION, state } from "./state.js";
+import { bindTour, openTour } from "./tour.js";
+import { bindTraining, loadNewSnapshots } from "./train.js";
 import { TRAINED, urlOf } from "./url.js";
-import { draw, setLocked, showError, showModel } from "./view.js";
+import { ask, drawQuery, moveQuery, navigate, nextSnapshot, pinGates, play, setGates, setLocked,
+  showExample, showFile, showModel, showSnapshot, showTab } from "./view.js";
 
-export async function start(element, server, source = serverSource(server, showError)) {
-  Object.assign(state, { element, source });
-  const { hash } = location;
-  const url = urlOf(hash);
-  const [tab, model] = [url.get("tab"), url.get("model") ?? ""];
-  if (["watch", "curves", "kernel"].includes(tab)) state.tab = tab;
-  const key = model === TRAINED ? SESSION : model;
-  bindAll();
-  while (!(await showModel(key, hash)) && !(key !== "" && (await showModel("", "")))) {
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+// `server` has the functions of app.py; static.js has a substitute for sites without a server.
+export async function start(server, isStatic = false) {
+  state.server = server;
+  viewer.classList.toggle("static", isStatic);
+  for (const bind of [bindControls, bindImage, bindHeads, bindKernel, bindExports]) bind();
+  if (!isStatic) bindFiles();
+  while (!(await showUrl())) {
     await new Promise((resolve) => { setTimeout(resolve, 2000); }); // the server may be restarting
   }
-  setLocked(state.locked);
-  find(".viewer").classList.remove("loading");
-  bindTour(tab === "help");
-  draw();
-  train("status");
+  viewer.classList.remove("loading");
+  bindTour();
+  if (!isStatic) bindTraining();
   setInterval(() => { if (isGrowing() && !isOwn()) loadNewSnapshots(); }, 5000);
-  // the user pasted the URL of a view into the page
-  addEventListener("hashchange", () => location.reload());
+  addEventListener("hashchange", showUrl); // the user has pasted the URL of a view
   window.convit = { headMaps, pixels: () => state.image.pixels, state }; // for tests and benchmarks
+}
+
+// Show the view that the URL contains, or the first model if that of the URL is gone.
+async function showUrl() {
+  const { hash } = location;
+  const [tab, model] = ["tab", "model"].map((name) => urlOf(hash).get(name) ?? "");
+  if (findAll("[data-tab]").some(({ dataset }) => dataset.tab === tab)) state.tab = tab;
+  const key = model === TRAINED ? SESSION : model;
+  const isShown = await showModel(key, hash) || (key !== "" && await showModel("", ""));
+  if (isShown && tab === "help") openTour();
+  return isShown;
+}
+
+function bindControls() {
+  onClick("[data-model]", ({ model }) => { if (model !== state.key) showModel(model); });
+  onClick("[data-tab]", ({ tab }) => showTab(tab));
+  bindArrows(".tabs", "[data-tab]", () => 0, (tab) => tab.click());
+  onClick(".play", play);
+  onClick(".step", () => showSnapshot(nextSnapshot()));
+  onClick(".reset", () => showSnapshot(0));
+  on(".snapshot", "input", (event) => showSnapshot(event.target.valueAsNumber));
+  onClick("[data-last-epoch]", (_, event) => {
+    const gaps = state.model.epochs.map((epoch) => Math.abs(epoch - epochAt(event)));
+    showSnapshot(gaps.indexOf(Math.min(...gaps)));
+  });
+  onClick("[data-pin]", ({ scope, pin }) => pinGates(
+    scope === "layer" ? [state.layer] : gatedLayers(), pin === "" ? null : Number(pin)));
+}
+
+// Arrow keys move the focus within a group of buttons, which are laid out in rows.
+function bindArrows(group, buttons, rowLength, onMove = () => {}) {
+  on(group, "keydown", (event) => {
+    const [right, down] = ARROWS[event.key] ?? [0, 0];
+    const move = right + down * rowLength();
+    if (!move) return;
+    event.preventDefault();
+    const all = findAll(buttons);
+    const next = all.at((all.indexOf(event.target) + move) % all.length);
+    next.focus();
+    onMove(next);
+  });
+}
+
+function bindImage() {
+  const pointed = ({ target, offsetX, offsetY }) => {
+    const [rows, columns] = state.model.grid;
+    const [x, y] = [offsetX / target.clientWidth, offsetY / target.clientHeight];
+    return patchAt(columns * x, rows * y);
+  };
+  on(".image", "pointermove", (event) => {
+    if (!state.locked && event.pointerType !== "touch") moveQuery(pointed(event));
+  });
+  on(".image", "click", (event) => {
+    const query = pointed(event);
+    setLocked(!(state.locked && query === state.query));
+    moveQuery(query);
+  });
+  on(".image", "keydown", (event) => {
+    const isToggle = event.key === "Enter" || event.key === " ";
+    if (!isToggle && !ARROWS[event.key]) return;
+    event.preventDefault();
+    if (isToggle) return setLocked(!state.locked);
+    const [x, y] = placeOf(state.query).map((index, axis) => index + ARROWS[event.key][axis]);
+    moveQuery(patchAt(x, y));
+    const [column, row] = placeOf(state.query);
+    render(".screen-reader", `row ${row + 1}, column ${column + 1}`);
+  });
+  onClick("[data-kind]", ({ kind }) => navigate({ kind }));
+  onClick("[data-example]", ({ example }) => (example ? showExample(example)
+    : navigate({ example: null, image: state.upload })));
+}
+
+function bindFiles() {
+  const show = (files) => { if (files[0]) showFile(files[0]); };
+  on(".file", "change", (event) => {
+    show(event.target.files);
+    event.target.value = ""; // so that the same file can be chosen again
+  });
+  for (const type of ["dragover", "dragleave", "drop"]) {
+    document.addEventListener(type, (event) => {
+      event.preventDefault();
+      const isOver = type === "dragover" || (type === "dragleave" && event.relatedTarget !== null);
+      viewer.classList.toggle("dragging", isOver);
+      if (type === "drop") show(event.dataTransfer.files);
+    });
+  }
+  document.addEventListener("paste", (event) => show(event.clipboardData.files));
+}
+
+function bindHeads() {
+  on(".layer", "change", (event) => navigate({ layer: Number(event.target.value) }));
+  onClick("[data-cell]", ({ layer, cell }) =>
+    navigate({ layer: Number(layer), head: Number(cell) }));
+  bindArrows(".gate-heatmap", ".cell", () => allHeads().length);
+  onClick("[data-head]", ({ head }, event) => {
+    if (!event.target.closest(".gate")) navigate({ head: Number(head) });
+  });
+  document.addEventListener("pointerover", ({ target }) => {
+    const node = target.closest("[data-head], [data-curve], [data-cell]");
+    drawSelection(node && headOf(node));
+  });
+  for (const type of ["input", "change"]) { // the model runs when the slider is released
+    on(".heads", type, ({ target }) => {
+      const gate = [`${state.layer},${headOf(target.closest(".head"))}`, target.valueAsNumber];
+      setGates(new Map([...state.gates, gate]), type === "input");
+    });
+  }
+  on(".options", "input", () => {
+    render(".mass-percent", `${Math.round(100 * find(".mass").value)}%`);
+    drawQuery();
+  });
+}
+
+function bindExports() {
+  const download = (name, url) =>
+    Object.assign(document.createElement("a"), { download: name, href: url }).click();
+  for (const suffix of ["png", "gif"]) {
+    onClick(`.save-${suffix}`, async (_, { target: button }) => {
+      const { image: { display, pixels }, layer, head, snapshot, query } = state;
+      const gates = state.gates.size ? changedGates() : null;
+      button.disabled = true;
+      const answer = await ask("export",
+        { animated: suffix === "gif", display, pixels, layer, head, snapshot, query, gates });
+      button.disabled = false;
+      if (answer) download(`convit-layer-${layer + 1}.${suffix}`, answer.file);
+    });
+  }
+  // trained gates of all snapshots, and those changed by hand, which hold for every snapshot
+  onClick(".save-csv", () => {
+    const { epochs, gate: snapshots } = state.model;
+    const rows = snapshots.flatMap((layers, snapshot) => layers.flatMap((gates, layer) =>
+      (gates ?? []).map((gate, head) =>
+        [epochs[snapshot], layer + 1, head + 1, gate, changedGate(layer, head)].join())));
+    const text = ["epoch,layer,head,gate,changed_gate", ...rows, ""].join("\n");
+    download("convit-gates.csv", URL.createObjectURL(new Blob([text], { type: "text/csv" })));
+  });
 }

@@ -1,5 +1,4 @@
-// Attention maps. Position maps are computed here, from three numbers per head; content maps arrive
-// as bytes.
+// Attention maps: position maps from three numbers per head, and content maps, sent as bytes.
 
 export function decodeBase64(base64) {
   const text = atob(base64);
@@ -8,19 +7,21 @@ export function decodeBase64(base64) {
   return bytes;
 }
 
-// Softmax over one axis of slope * offset + curvature * offset^2, where offset is key minus query,
-// in patches.
+export const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
+export const sum = (values) => values.reduce((total, value) => total + value, 0);
+export const mean = (values) => sum(values) / values.length;
+
+// Softmax over one axis of slope * offset + curvature * offset^2; offset: key - query, in patches.
 export function axisAttention(slope, curvature, query, length) {
   const scores = Float64Array.from({ length },
     (_, key) => slope * (key - query) + curvature * (key - query) ** 2);
   const highest = Math.max(...scores);
   const weights = scores.map((score) => Math.exp(score - highest));
-  const total = weights.reduce((sum, weight) => sum + weight, 0);
+  const total = sum(weights);
   return weights.map((weight) => weight / total);
 }
 
-// Position map of a head for one query patch, row-major: the product of its vertical and
-// horizontal factors.
+// Position map of a head for one query patch, row-major: the product of one factor per axis.
 export function positionMap([slopeX, slopeY, curvature], query, [rows, columns]) {
   const down = axisAttention(slopeY, curvature, Math.floor(query / columns), rows);
   const across = axisAttention(slopeX, curvature, query % columns, columns);
@@ -31,16 +32,16 @@ export function positionMap([slopeX, slopeY, curvature], query, [rows, columns])
 // Content map of a head for one query patch, from the bytes 255 C / peak of all heads and patches.
 export function contentMap(bytes, peak, head, query, numPatches) {
   const start = (head * numPatches + query) * numPatches;
-  return Float64Array.from(bytes.subarray(start, start + numPatches),
-    (value) => (value / 255) * peak);
+  const map = new Float64Array(bytes.subarray(start, start + numPatches));
+  return map.map((value) => (value / 255) * peak);
 }
 
 // The smallest of the largest values that together hold this fraction of a map.
 export function massThreshold(map, fraction) {
   if (fraction >= 1) return 0;
-  const target = fraction * map.reduce((sum, value) => sum + value, 0) - 1e-9;
-  let sum = 0;
-  return Float64Array.from(map).sort().reverse().find((value) => (sum += value) >= target) ?? 0;
+  const target = fraction * sum(map) - 1e-9;
+  let held = 0;
+  return map.toSorted().reverse().find((value) => (held += value) >= target) ?? 0;
 }
 
 // Flat maps must not look bright: the scale is at least four times uniform attention.

@@ -1,9 +1,8 @@
-// What the page says about the view in words: the gate, the prediction, the caption, the facts of
-// a run.
+// What the page says in words: the gate, the prediction, the caption, the facts of a run.
 
-import { allHeads, attentionToTarget, changedGate, currentExample, escapeHtml, find, gatedLayers,
-  gateOf, hasGates, isGrowing, lastSnapshot, meanDistance, numHeads, press,
-  state } from "./state.js";
+import { find, html, render } from "./dom.js";
+import { allHeads, attentionToTarget, changedGate, currentEpoch, currentExample, gatedLayers,
+  gateOf, hasGates, isGrowing, lastSnapshot, meanDistance, outputOf, state } from "./state.js";
 
 const percent = (value) => `${(100 * value).toFixed(value > 0 && value < 0.095 ? 1 : 0)}%`;
 const accuracyAt = (epoch) => {
@@ -16,70 +15,75 @@ const numbers = new Intl.ListFormat("en-US");
 const listHeads = (heads) =>
   `head${heads.length > 1 ? "s" : ""} ${numbers.format(heads.map((head) => `${head + 1}`))}`;
 
-// What the user has set all gates of these layers to: 0, 1, or "" for the trained gates; else null.
+// What all gates of some layers can be set to; "" are the trained ones.
+const PINS = [[1, "Pin to position"], ["", "Trained"], [0, "All content"]];
+
+// What the user has set all gates of these layers to; undefined if they differ.
 function pinOf(layers) {
   const gates = layers.filter(hasGates).flatMap((layer) =>
     allHeads().map((head) => changedGate(layer, head) ?? ""));
-  return ["", 0, 1].find((pin) => gates.every((gate) => gate === pin)) ?? null;
-}
-
-export function drawPrediction() {
-  const { predictions } = state.recomputed
-    ?? { predictions: state.maps.predictions[state.snapshot] };
-  const { label, target } = currentExample();
-  const winner = topClass(predictions, 2);
-  const [verdict, comment] = label === null
-    ? ["", state.example ? "The image is not one of its classes." : ""]
-    : winner === label ? ["right", "✓ Right."] : ["wrong", `✗ Wrong: it is “${label}”.`];
-  find(".verdict").className = `verdict ${verdict}`;
-  find(".verdict").textContent = `The model says “${winner}”. ${comment}`;
-  find(".target-hint").hidden = target.length === 0;
-  find(".stale").hidden = state.gates.size === 0 || state.recomputed !== null;
-  const bar = (value, kind) => `<div class="track ${kind}"><div class="fill"
-    style="width: ${100 * value}%"></div></div> <span>${percent(value)}</span>`;
-  find(".prediction").innerHTML = predictions.map(([name, before, after]) => {
-    const trained = `<span class="before-label">trained gates</span>${bar(before, "before")}`;
-    return `<div><span class="class-name">${escapeHtml(name)}</span>
-      ${bar(after, name === winner ? "winner" : "")}${state.recomputed ? trained : ""}</div>`;
-  }).join("");
+  return ["", 0, 1].find((pin) => gates.every((gate) => gate === pin));
 }
 
 // The class with the highest probability before (1) or after (2) gates were changed.
 const topClass = (predictions, column) =>
   predictions.reduce((best, other) => (other[column] > best[column] ? other : best))[0];
 
+export function drawPrediction() {
+  const { predictions } = outputOf(state.snapshot);
+  const { label, target } = currentExample();
+  const winner = topClass(predictions, 2);
+  const [verdict, comment] = label === null
+    ? ["", state.example ? "The image is not one of its classes." : ""]
+    : winner === label ? ["correct", "✓ Right."] : ["wrong", `✗ Wrong: it is “${label}”.`];
+  render(".verdict", html`<b class="${verdict}">The model says “${winner}”. ${comment}</b>`);
+  find(".target-hint").hidden = target.length === 0;
+  find(".stale").hidden = state.gates.size === 0 || state.recomputed !== null;
+  const bar = (value, kind) => html`<div class="track ${kind}"><div class="fill"
+    style="width: ${100 * value}%"></div></div> <span>${percent(value)}</span>`;
+  render(".prediction", predictions.map(([name, before, after]) => html`<div>
+    <span class="class-name">${name}</span> ${bar(after, name === winner ? "winner" : "")}
+    ${state.recomputed ? html`<span class="before-label">trained gates</span>
+      ${bar(before, "before")}` : ""}</div>`));
+}
+
 export function drawStory() {
   const { layer, head } = state;
-  const gate = gateOf(layer, head);
-  find(".meter").hidden = !hasGates();
-  find(".meter").style.setProperty("--gate", `${100 * gate}%`);
-  find(".meter-position").textContent = `position ${percent(gate)}`;
-  find(".meter-content").textContent = `content ${percent(1 - gate)}`;
-  find(".head-name").textContent = `Gate of head ${head + 1}, layer ${layer + 1}`;
-  find(".head-reach").textContent = `Mean attention distance ${meanDistance(head).toFixed(1)} `
-    + "patches: how far it looks, on average over all patches of this image.";
-  find(".pins").disabled = gatedLayers().length === 0;
-  press("[data-pin]", ({ scope, pin }) =>
-    String(pinOf(scope === "layer" ? [layer] : gatedLayers())) === pin);
-  find(".accuracy").innerHTML = accuracy();
   const { curves, epochs, last_epoch: lastEpoch } = state.model;
-  find(".growing").textContent = isGrowing()
-    ? `training, epoch ${(curves ?? { epochs }).epochs.at(-1)} of ${lastEpoch}` : "";
+  const gate = gateOf(layer, head);
+  render(".selected-head", html`<h2>Gate of head ${head + 1}, layer ${layer + 1}</h2>
+    ${hasGates() ? html`<div class="meter" style="--gate: ${100 * gate}%">
+      <div class="meter-bar"></div> <span class="position">position ${percent(gate)}</span>
+      <span class="content">content ${percent(1 - gate)}</span></div>` : ""}
+    <p class="hint">Mean attention distance ${meanDistance(head).toFixed(1)} patches: how far it
+      looks, on average over all patches of this image.</p>`);
+  find(".pins").disabled = gatedLayers().length === 0;
+  const scopes = [["model", "all layers", gatedLayers()], ["layer", "this layer", [layer]]];
+  render(".pin-buttons", scopes.map(([scope, name, layers]) => html`<div role="group"
+    aria-label="gates of ${name}"><span>${name}</span>${PINS.map(([pin, label]) => html`<button
+      data-scope="${scope}" data-pin="${pin}" aria-pressed="${pinOf(layers) === pin}"
+      >${label}</button>`)}</div>`));
+  render(".accuracy", accuracy());
+  render(".growing", isGrowing()
+    ? `training, epoch ${(curves ?? { epochs }).epochs.at(-1)} of ${lastEpoch}` : "");
+  render(".facts", facts().map((fact) => html`<li>${fact}</li>`));
   drawCaption();
-  find(".facts").innerHTML = facts().map((fact) => `<li>${fact}</li>`).join("");
 }
 
 export function drawCaption() {
-  [find(".headline").textContent, find(".details").textContent] = caption();
+  const [headline, details] = caption();
+  render(".caption", html`<b class="headline">${headline}</b>
+    <span class="details">${details}</span>`);
 }
 
 // Test accuracy of this snapshot; with all gates pinned, where it has been measured.
 function accuracy() {
-  const measured = accuracyAt(state.model.epochs[state.snapshot])?.toFixed(1);
+  const measured = accuracyAt(currentEpoch())?.toFixed(1);
   if (measured === undefined) return "";
-  if (!state.gates.size) return `test accuracy <b>${measured}%</b>`;
+  if (!state.gates.size) return html`test accuracy <b>${measured}%</b>`;
   const pinned = pinnedAccuracy();
-  return `test accuracy ${pinned ? `<b>${pinned}%</b>, ` : ""}${measured}% with trained gates`;
+  return html`test accuracy ${pinned ? html`<b>${pinned}%</b>, ` : ""}${measured}% with trained
+    gates`;
 }
 
 function pinnedAccuracy() {
@@ -95,14 +99,13 @@ function crossings(since) {
   const history = curves ?? { epochs, gate };
   const gates = history.gate.map((layers) => layers[state.layer]);
   return history.epochs.flatMap((epoch, index) => {
-    if (index === 0 || !(epoch > since && epoch <= epochs[state.snapshot])) return [];
+    if (index === 0 || !(epoch > since && epoch <= currentEpoch())) return [];
     return [true, false].map((fell) => [epoch, allHeads().filter((head) =>
       gates[index][head] < 0.5 === fell && gates[index - 1][head] < 0.5 !== fell), fell]);
   }).filter(([, heads]) => heads.length);
 }
 
-// How much the query patch attends to the example's target, or else how far the head looks, now and
-// before training.
+// Attention to the example's target, or else how far the head looks, now and before training.
 function reach() {
   const { target } = currentExample();
   const name = `head ${state.head + 1}`;
@@ -119,9 +122,8 @@ function reach() {
 
 // What happens in this layer, as a headline and details.
 function caption() {
-  const { epochs } = state.model;
   const layer = `layer ${state.layer + 1}`;
-  const epoch = epochs[state.snapshot];
+  const epoch = currentEpoch();
   if (!hasGates()) {
     return [`The heads of ${layer} have no gates: they look for content only.`, reach()];
   }
@@ -135,18 +137,19 @@ function caption() {
     : `${listHeads(left)} of ${layer} look${left.length > 1 ? "" : "s"} for content rather than `
       + "position";
   if (state.snapshot === lastSnapshot() && !isGrowing()) {
-    const invitation = " What if all heads had to stay? Press “Pin to position” for all layers.";
-    return [departure(left, layer) ?? `After training, ${status}.`,
-      `${reach()}${left.length ? invitation : ""}`];
+    const invitation = left.length
+      ? " What if all heads had to stay? Press “Pin to position” for all layers." : "";
+    return [departure(left, layer) ?? `After training, ${status}.`, `${reach()}${invitation}`];
   }
-  const events = crossings(epochs[state.snapshot - 1]).map(([when, heads, fell]) => {
+  const before = state.model.epochs[state.snapshot - 1];
+  const events = crossings(before).map(([when, heads, fell]) => {
     const [ending, whose] = heads.length > 1 ? ["", "their"] : ["s", "its"];
     const verb = fell ? `let${ending} go of` : `return${ending} to`;
     return `epoch ${when}: ${listHeads(heads)} ${verb} ${whose} neighbors`;
   }).join("; ") || `epoch ${epoch}: ${status}`;
-  const [before, now] = [accuracyAt(epochs[state.snapshot - 1]), accuracyAt(epoch)];
-  const rise = now - before >= 1
-    ? ` Test accuracy rises from ${before.toFixed(0)} to ${now.toFixed(0)}%.` : "";
+  const [old, now] = [accuracyAt(before), accuracyAt(epoch)];
+  const rise = now - old >= 1
+    ? ` Test accuracy rises from ${old.toFixed(0)} to ${now.toFixed(0)}%.` : "";
   return [`${events[0].toUpperCase()}${events.slice(1)}.`, `${reach()}${rise}`];
 }
 
@@ -155,11 +158,10 @@ function departure(left, layer) {
   const event = crossings(0).findLast(([, heads, fell]) => fell && heads.includes(state.head));
   if (!left.includes(state.head) || !event) return null;
   const others = left.filter((head) => head !== state.head);
-  const epoch = state.model.epochs[state.snapshot];
   const too = others.length
-    ? ` By epoch ${epoch}, ${listHeads(others)} had a gate below 0.5, too.` : "";
-  return `Head ${state.head + 1} of ${layer} left its neighbors in epoch ${event[0]}, when its gate `
-    + `fell below 0.5.${too}`;
+    ? ` By epoch ${currentEpoch()}, ${listHeads(others)} had a gate below 0.5, too.` : "";
+  return `Head ${state.head + 1} of ${layer} left its neighbors in epoch ${event[0]}, when its `
+    + `gate fell below 0.5.${too}`;
 }
 
 function captionOfChangedGates(layer) {
@@ -173,12 +175,11 @@ function captionOfChangedGates(layer) {
   const [before, after] = [1, 2].map((column) => topClass(state.recomputed.predictions, column));
   const said = before === after ? `The model still says “${after}”.`
     : `The model now says “${after}” instead of “${before}”.`;
-  const pinned = pinnedAccuracy();
-  const trained = accuracyAt(state.model.epochs[state.snapshot])?.toFixed(1);
+  const [pinned, trained] = [pinnedAccuracy(), accuracyAt(currentEpoch())?.toFixed(1)];
   const measured = pinned && trained
     ? ` On all test images, its accuracy is ${pinned}% instead of ${trained}%.` : "";
-  return [headline, `${said}${measured} A model trained with these gates from the `
-    + "start may learn another way."];
+  return [headline,
+    `${said}${measured} A model trained with these gates from the start may learn another way.`];
 }
 
 // What is known about the whole run, from its data.
@@ -188,11 +189,12 @@ function facts() {
   const left = final.filter((value) => value < 0.5).length;
   const { content, position } = masking.masked_in_first_layers ?? {};
   return [
-    `Model: ${escapeHtml(name)}; ${gatedLayers().length} layers with gates, ${numHeads()} heads `
-      + `each, ${grid[0]} × ${grid[1]} patches, ${classes.length} classes.`,
+    `Model: ${name}; ${gatedLayers().length} layers with gates, ${allHeads().length} heads each, `
+      + `${grid[0]} × ${grid[1]} patches, ${classes.length} classes.`,
     final.length && `${left} of ${final.length} heads end with a gate below 0.5.`,
     content && `Test accuracy ${content[0].toFixed(1)}%; with all gates pinned to position `
-      + `(content masked) ${content.at(-1).toFixed(1)}%, to content ${position.at(-1).toFixed(1)}%.`,
+      + `(content masked) ${content.at(-1).toFixed(1)}%, to content `
+      + `${position.at(-1).toFixed(1)}%.`,
     recipe.gate_lr_scale > 1
       && `The gates were trained at ${recipe.gate_lr_scale} times the learning rate of the rest.`,
     curves && `One run (seed ${recipe.seed ?? "unknown"}): other seeds can release other heads.`,

@@ -1,56 +1,51 @@
 // A tour in four steps, which explains the page. The browser remembers that it was seen.
 
-import { find, findAll, on } from "./state.js";
+import { find, findAll, on, onClick, render, storage } from "./dom.js";
 import { showTab } from "./view.js";
 
-const steps = () => findAll(".tour [data-step]");
-let current = 0;
+const SEEN = { "convit-tour": "seen" };
+const steps = findAll("[data-step]");
+let current = null; // index of the step on display; null while the tour is closed
 
-function show(index, scroll = true) {
-  const all = steps();
-  if (!all[index]) return;
+function show(index) {
+  const isMove = current !== null;
   current = index;
-  all.forEach((step, position) => { step.hidden = position !== index; });
-  for (const node of findAll(".tour-target")) node.classList.remove("tour-target");
-  const target = find(all[index].dataset.step);
-  target.classList.add("tour-target");
-  if (scroll) target.scrollIntoView({ block: "nearest" });
-  find(".tour-count").textContent = `${index + 1} of ${all.length}`;
+  steps.forEach((step, position) => {
+    step.hidden = position !== index;
+    find(step.dataset.step).classList.toggle("tour-target", position === index);
+  });
+  render(".tour-count", `${index + 1} of ${steps.length}`);
+  render(".tour-next", index === steps.length - 1 ? "Done" : "Next");
   find(".tour-back").disabled = index === 0;
-  find(".tour-next").textContent = index === all.length - 1 ? "Done" : "Next";
+  if (isMove) find(".tour-target").scrollIntoView({ block: "nearest" });
 }
 
-function open() {
+export function openTour() {
   showTab("watch");
   find(".tour").hidden = false;
-  show(0, false);
+  show(0);
 }
 
 function close() {
-  try {
-    localStorage.setItem("convit-tour", "seen");
-  } catch { /* storage is disabled */ }
+  Object.assign(storage("localStorage", {}), SEEN);
+  current = null;
   find(".tour").hidden = true;
   find(".tour-target").classList.remove("tour-target");
   find(".open-tour").focus({ preventScroll: true });
 }
 
-export function bindTour(isRequested) {
-  on(".open-tour", "click", () => {
-    open();
+export function bindTour() {
+  const next = () => (steps[current + 1] ? show(current + 1) : close());
+  const back = () => show(Math.max(current - 1, 0));
+  onClick(".open-tour", () => {
+    openTour();
     find(".tour-next").focus();
   });
-  on(".tour-next", "click", () => (current === steps().length - 1 ? close() : show(current + 1)));
-  on(".tour-back", "click", () => show(current - 1));
-  on(".tour-skip", "click", close);
-  on(".tour", "keydown", ({ key }) => {
-    if (key === "Escape") close();
-    if (key === "ArrowRight") show(current + 1);
-    if (key === "ArrowLeft") show(current - 1);
-  });
-  let isSeen = true; // storage may be disabled: do not open at every visit
-  try {
-    isSeen = localStorage.getItem("convit-tour") === "seen";
-  } catch { /* see above */ }
-  if (isRequested || !isSeen) open();
+  onClick(".tour-next", next);
+  onClick(".tour-back", back);
+  onClick(".tour-skip", close);
+  const keys = { Escape: close, ArrowLeft: back, ArrowRight: next };
+  on(".tour", "keydown", ({ key }) => keys[key]?.());
+  // where storage is disabled, it must not open at every visit
+  if (!storage("localStorage", SEEN)["convit-tour"] && current === null) openTour();
 }

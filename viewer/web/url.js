@@ -1,32 +1,32 @@
 // The hash of the URL contains the view, so that it can be shared and reloaded.
 
-import { allHeads, changedGate, depth, gatedLayers, isOwn, KINDS, numHeads, patchAt, placeOf,
-  state } from "./state.js";
+import { allHeads, allLayers, allPatches, changedGate, currentEpoch, gatedLayers, isOwn, KINDS,
+  placeOf, state } from "./state.js";
 
 // stands for the key of the session's own model, which is private
 export const TRAINED = "trained-here";
 
 export const urlOf = (hash) => new URLSearchParams(hash.slice(1));
 
+// "2,5" is row 2, column 5.
+const formatPatch = (patch) => placeOf(patch).map((index) => index + 1).reverse().join();
+
 // The parts of the view that a hash contains and that fit the model.
-export function parseUrl(hash) {
+export function parseView(hash) {
   const url = urlOf(hash);
-  const { grid: [rows, columns], epochs, examples } = state.model;
-  const isIndex = (index, count) => Number.isInteger(index) && index >= 0 && index < count;
-  const view = {};
-  for (const [name, index, count] of [
-    ["layer", url.get("layer") - 1, depth()],
-    ["head", url.get("head") - 1, numHeads()],
-    ["snapshot", epochs.indexOf(Number(url.get("epoch"))), epochs.length],
-  ]) if (isIndex(index, count)) view[name] = index;
-  const [row, column] = (url.get("patch") ?? "").split(",").map((number) => number - 1);
-  if (isIndex(row, rows) && isIndex(column, columns)) {
-    Object.assign(view, { query: patchAt(column, row), locked: url.has("locked") });
-  }
-  if (KINDS.includes(url.get("map"))) view.kind = url.get("map");
-  if (examples.some(({ name }) => name === url.get("image"))) view.example = url.get("image");
-  if (url.has("gates")) view.gates = parseGates(url.get("gates"));
-  return view;
+  const { epochs, examples } = state.model;
+  const snapshot = epochs.indexOf(Number(url.get("epoch")));
+  const view = {
+    layer: allLayers()[url.get("layer") - 1],
+    head: allHeads()[url.get("head") - 1],
+    snapshot: snapshot < 0 ? undefined : snapshot,
+    query: allPatches().find((patch) => formatPatch(patch) === url.get("patch")),
+    locked: url.has("locked") || undefined,
+    kind: KINDS.find((kind) => kind === url.get("map")),
+    example: examples.find(({ name }) => name === url.get("image"))?.name,
+    gates: url.has("gates") ? parseGates(url.get("gates")) : undefined,
+  };
+  return Object.fromEntries(Object.entries(view).filter(([, value]) => value !== undefined));
 }
 
 // "2:1" is all heads of layer 2 at 1, "4.5:0.3" head 5 of layer 4 at 0.3.
@@ -42,28 +42,28 @@ function parseGates(text) {
 
 function formatGates() {
   return gatedLayers().flatMap((layer) => {
-    const [first, ...others] = allHeads().map((head) => changedGate(layer, head));
-    const isCommon = first !== undefined && others.every((gate) => gate === first);
-    return isCommon ? `${layer + 1}:${first}` : [first, ...others].flatMap((gate, head) =>
+    const gates = allHeads().map((head) => changedGate(layer, head));
+    if (gates[0] !== undefined && new Set(gates).size === 1) return `${layer + 1}:${gates[0]}`;
+    return gates.flatMap((gate, head) =>
       (gate === undefined ? [] : `${layer + 1}.${head + 1}:${gate}`));
   }).join(";");
+}
+
+// The hash of the current view.
+export function formatView() {
+  const parts = {
+    model: isOwn() ? TRAINED : state.key, tab: state.tab, layer: state.layer + 1,
+    head: state.head + 1, epoch: currentEpoch(), patch: formatPatch(state.query), map: state.kind,
+    locked: state.locked ? "yes" : null, image: state.example, gates: formatGates() || null,
+  };
+  const known = Object.entries(parts).filter(([, value]) => value !== null);
+  const url = new URLSearchParams(known).toString();
+  return `#${url.replace(/%2C|%3A|%3B/g, decodeURIComponent)}`;
 }
 
 let timer = null;
 
 export function writeUrl() {
   clearTimeout(timer); // browsers limit how often a page may change its URL
-  timer = setTimeout(() => {
-    if (!state.model) return;
-    const [column, row] = placeOf(state.query);
-    const parts = {
-      model: isOwn() ? TRAINED : state.key, tab: state.tab,
-      layer: state.layer + 1, head: state.head + 1, epoch: state.model.epochs[state.snapshot],
-      patch: `${row + 1},${column + 1}`, map: state.kind, locked: state.locked ? "yes" : null,
-      image: state.example, gates: state.gates.size ? formatGates() : null,
-    };
-    const known = Object.entries(parts).filter(([, value]) => value !== null);
-    const url = new URLSearchParams(known).toString();
-    history.replaceState(null, "", `#${url.replace(/%2C|%3A|%3B/g, decodeURIComponent)}`);
-  }, 300);
+  timer = setTimeout(() => { if (state.maps) history.replaceState(null, "", formatView()); }, 300);
 }

@@ -1,194 +1,187 @@
 // Changes of the view: which model, image, layer, head, snapshot, query patch, and gates.
 
 import { drawCurves } from "./curves.js";
-import { buildHeads, drawHeads, drawHeatmap, drawMaps, drawSelection } from "./heads.js";
-import { drawHero } from "./hero.js";
+import { find, findAll, html, render } from "./dom.js";
+import { drawHeads, drawHeatmap, drawMaps, drawSelection } from "./heads.js";
+import { drawHero, patchSide, SIZE } from "./hero.js";
 import { drawKernel } from "./kernel.js";
 import { decodeBase64 } from "./maps.js";
-import { allHeads, attentionToTarget, centerPatch, changedGates, currentExample, escapeHtml, find,
-  findAll, gatedLayers, hasGates, headMaps, lastSnapshot, press, SESSION, shownKind,
+import { allHeads, allLayers, attentionToTarget, centerPatch, changedGates, currentEpoch,
+  currentExample, gatedLayers, hasGates, headMaps, KINDS, lastSnapshot, SESSION, shownKind,
   state } from "./state.js";
 import { drawCaption, drawPrediction, drawStory } from "./story.js";
-import { parseUrl, writeUrl } from "./url.js";
+import { formatView, parseView, writeUrl } from "./url.js";
 
 const MAX_MB = 20; // of an image file; the server checks this too
-const TELLING = -1; // as query patch: the one that tellingPatch finds once the maps are here
 
-// --- requests: the latest one wins
+// --- requests
 
-const latest = { view: 0, image: 0, model: 0 };
-let pending = {}; // changes requested meanwhile are merged
+// Call a function of the server; null after an error, which is shown.
+export async function ask(name, request, isShown = true) {
+  const answer = await state.server[name]({ model: state.key, ...request }).catch(() => null)
+    ?? { error: "The server is not responding; please try again." };
+  if (isShown) render(".error", answer.error ?? "");
+  return answer.error ? null : answer;
+}
 
-// Change parts of the view, once the maps that it needs have arrived; at once if they are here.
-export async function navigate(changes, reload = false) {
+const latest = { view: 0, model: 0 }; // requests: the latest one wins
+let pending = {}; // changes that wait for answers
+
+// Change parts of the view, once the image and the maps that it needs have arrived. `image` may be
+// a promise; `query: null` is the patch that tells most.
+export async function navigate(changes) {
   const id = ++latest.view;
   Object.assign(pending, changes);
-  const { image, layer, ...next } = { ...state, ...pending };
-  if (!image) return; // the first image applies the pending changes
-  const { key, gates } = state;
-  let { maps, recomputed } = state;
-  if (!maps || image !== state.image || layer !== state.layer || reload) {
-    maps = await state.source.layerMaps(key, image, layer);
-    if (maps) maps.content = maps.content.map(decodeBase64);
-  }
+  const image = await (pending.image ?? state.image);
   if (id !== latest.view) return; // superseded
-  if (!maps) {
-    pending = {};
-    find(".layer").value = state.layer;
-    return;
-  }
-  const snapshot = Math.min(next.snapshot, maps.content.length - 1);
-  if (gates.size && !(maps === state.maps && snapshot === state.snapshot && recomputed)) {
-    recomputed = await state.source.recompute(key, image, layer, snapshot, changedGates());
-    if (recomputed) recomputed.content = decodeBase64(recomputed.content);
+  const { example, layer, snapshot } = { ...state, ...pending };
+  let { maps, recomputed } = state;
+  if (image && (image !== state.image || layer !== state.layer || maps.length <= lastSnapshot())) {
+    maps = await loadMaps(image, layer);
   }
   if (id !== latest.view) return;
-  Object.assign(state, pending, { maps, snapshot, recomputed });
+  if (!image || !maps) { // an error
+    pending = {};
+    return draw();
+  }
+  if (state.gates.size && !(recomputed && maps === state.maps && snapshot === state.snapshot)) {
+    recomputed = await recompute(image, layer, snapshot);
+  }
+  if (id !== latest.view) return;
+  if (image !== state.image) { // as a data URL, it takes milliseconds
+    find(".heads").style.setProperty("--image", `url(${image.display})`);
+  }
+  if (example === null) state.upload = image;
+  Object.assign(state, pending, { image, maps, recomputed });
   pending = {};
-  if (state.query === TELLING) state.query = tellingPatch();
+  state.query ??= tellingPatch();
   draw();
 }
 
-// Of the example's patches of interest, the one from which the head finds the target best after
-// training.
+async function loadMaps({ pixels }, layer) {
+  const answer = await ask("layer_maps", { pixels, layer });
+  return answer?.content.map((content, snapshot) => ({
+    content: decodeBase64(content), peaks: answer.peaks[snapshot],
+    predictions: answer.predictions[snapshot],
+  }));
+}
+
+async function recompute({ pixels }, layer, snapshot) {
+  const answer = await ask("recompute", { pixels, layer, snapshot, gates: changedGates() });
+  return answer && { ...answer, content: decodeBase64(answer.content) };
+}
+
+// The patch of interest from which the head finds the example's target best after training.
 function tellingPatch() {
   const { queries } = currentExample();
   const found = queries.map((query) => attentionToTarget(query, lastSnapshot()));
   return queries[found.indexOf(Math.max(...found))] ?? centerPatch();
 }
 
-// Show an example by name, or an image file, with changes to the view.
-export async function showImage(name, file = null, changes = {}) {
-  const id = ++latest.image;
-  if (file?.size > MAX_MB * 2 ** 20) {
-    return showError(`This file is larger than ${MAX_MB} MB; please choose a smaller image.`);
-  }
-  const request = file ? { file: await encodeBase64(file) } : { example: name };
-  const image = await state.source.prepareImage(state.key, request);
-  if (!image || id !== latest.image) return;
-  await showPrepared(image, { example: file ? null : name, ...changes }, id);
+export function showExample(example) {
+  const { queries } = state.model.examples.find(({ name }) => name === example);
+  const query = queries.length && !state.locked ? { query: null } : {};
+  navigate({ ...query, example, image: prepareImage({ example }) });
 }
 
-export const showUpload = () => showPrepared(state.upload, { example: null });
-
-async function showPrepared(image, changes, id = ++latest.image) {
-  const bitmaps = {};
-  for (const kind of ["display", "input"]) {
-    bitmaps[kind] = Object.assign(new Image(), { src: image[kind] });
-    await bitmaps[kind].decode();
-  }
-  if (id !== latest.image) return;
-  if (changes.example === null && state.upload !== image) {
-    state.upload = image;
-    drawExamples();
-  }
-  const example = state.model.examples.find(({ name }) => name === changes.example);
-  const query = example?.queries.length && !state.locked ? { query: TELLING } : {};
-  await navigate({ ...query, ...changes, image, bitmaps });
-}
-
-async function encodeBase64(file) {
+export async function showFile(file) {
+  const refuse = (reason) => render(".error", `${reason}; please choose another image.`);
+  if (file.size > MAX_MB * 2 ** 20) return refuse(`This file is larger than ${MAX_MB} MB`);
   const reader = new FileReader();
   await new Promise((resolve) => { reader.onloadend = resolve; reader.readAsDataURL(file); });
-  return reader.result.split(",")[1] ?? "";
+  if (reader.error) return refuse("This is not an image file, or it cannot be read"); // a folder
+  const [, base64 = ""] = reader.result.split(",");
+  navigate({ example: null, image: prepareImage({ file: base64 }) });
 }
 
-// Show a model: as in the URL, as it was left, or from its most telling view.
-const left = new Map(); // views of other models, by key
-export async function showModel(key, hash = null) {
+// The answer to { example: name } or { file: base64 }, with its images decoded and enlarged.
+async function prepareImage(request) {
+  const image = await ask("prepare_image", request);
+  if (!image) return null;
+  const [resizeHeight, resizeWidth] = state.model.grid.map((count) => count * patchSide(SIZE));
+  const enlarge = async (url, resizeQuality) => {
+    const element = Object.assign(new Image(), { src: url });
+    await element.decode();
+    return createImageBitmap(element, { resizeWidth, resizeHeight, resizeQuality });
+  };
+  const display = await enlarge(image.display, "high");
+  const input = await enlarge(image.input, "pixelated");
+  return { ...image, bitmaps: { display, input } };
+}
+
+const left = new Map(); // how other models were left, as hashes
+
+// Show a model: what the hash contains, by default as it was left, and the rest as it opens. False
+// after an error.
+export async function showModel(key, hash = left.get(key) ?? "") {
   stop();
   const id = ++latest.model;
-  const description = await state.source.describe(key);
-  if (id !== latest.model || !description) return false;
-  const { layer, head, snapshot, query, locked, example, gates } = state;
-  left.set(state.key, { layer, head, snapshot, query, locked, example, gates });
+  const description = await ask("describe", { model: key });
+  if (id !== latest.model) return true; // superseded
+  if (!description) return false;
+  if (state.maps) left.set(state.key, formatView());
   latest.view++; // pending requests and the maps belong to the previous model
-  latest.image++;
   pending = {};
-  const none = { maps: null, recomputed: null, image: null, upload: null };
-  Object.assign(state, none, { key: description.key });
+  const { image: example, layer, head } = description.opening;
+  Object.assign(state, {
+    key: description.key, image: null, upload: null, maps: null, recomputed: null,
+    example, layer, head, snapshot: 0, query: null, locked: false, gates: new Map(),
+  });
   setModel(description);
-  Object.assign(state, (hash === null && left.get(state.key)) || openingView(hash ?? ""));
-  state.snapshot = Math.min(state.snapshot, lastSnapshot());
-  buildForModel();
+  Object.assign(state, parseView(hash));
+  drawModel();
+  setLocked(state.locked);
   showTab(state.tab);
-  await showImage(state.example ?? state.model.examples[0].name, null, { query: state.query });
+  await navigate({ query: state.query, image: prepareImage({ example: state.example }) });
   return true;
-}
-
-function openingView(hash) {
-  const { image: example, layer, head } = state.model.opening;
-  const view = { example, layer, head, snapshot: 0, query: TELLING, locked: false };
-  return { ...view, gates: new Map(), ...parseUrl(hash) };
 }
 
 // Use the description of a model: another one, or the same one with new snapshots.
 export function setModel(description) {
   state.model = description;
-  const { models, epochs, last_epoch: lastEpoch } = description;
-  state.models = [...models, ...state.models.filter(({ key }) => key === SESSION)];
+  const { epochs, last_epoch: lastEpoch } = description;
   find(".snapshot").max = lastSnapshot();
   const isUntimed = epochs.length === 1 && lastEpoch <= (epochs[0] ?? 0);
   for (const selector of [".time", ".save-gif"]) find(selector).hidden = isUntimed;
 }
 
-export function showError(message) {
-  find(".error").textContent = message;
-}
-
 // --- drawing
-
-function buildForModel() {
-  const { classes, gate, recipe } = state.model;
-  drawModels();
-  drawExamples();
-  find(".layer").innerHTML =
-    gate[0].map((_, layer) => `<option value="${layer}">${layer + 1}</option>`).join("");
-  find(".classes").textContent = `Classes: ${classes.slice(0, 12).join(", ")}`
-    + (classes.length > 12 ? ` and ${classes.length - 12} more.` : ".");
-  find(".task").hidden = recipe.dataset !== "patterns";
-  find(".kinds").hidden = gatedLayers().length === 0;
-  buildHeads();
-}
-
-export function drawModels() {
-  find(".models").innerHTML = state.models.map(({ key, name }) =>
-    `<button type="button" data-model="${escapeHtml(key)}">${escapeHtml(name)}</button>`).join("");
-  press(".models button", ({ model }) => model === state.key);
-}
-
-function drawExamples() {
-  const images = state.model.examples.map(({ name, thumbnail, label }) => [name, thumbnail,
-    label ? `its class: ${label}` : `${name}: not one of the model’s classes`]);
-  if (state.upload) images.push(["", state.upload.display, "your image"]);
-  find(".examples").innerHTML = images.map(([name, source, title]) => `<button type="button"
-    data-example="${escapeHtml(name)}" title="${escapeHtml(title)}"
-    ><img src="${source}" alt="${escapeHtml(title)}" width="48" height="48"></button>`).join("");
-}
 
 export function draw() {
   if (!state.maps) return;
-  press(".examples button", ({ example }) => example === (state.example ?? ""));
-  press(".kinds button", ({ kind }) => kind === shownKind());
-  const epoch = state.model.epochs[state.snapshot];
-  find(".epoch").textContent = epoch ?? "";
+  render(".epoch", currentEpoch() ?? "");
   find(".snapshot").value = state.snapshot;
-  find(".snapshot").setAttribute("aria-valuetext", `epoch ${epoch}`);
+  find(".snapshot").ariaValueText = `epoch ${currentEpoch()}`;
   find(".step").disabled = state.snapshot === lastSnapshot();
-  find(".layer").value = state.layer;
-  drawQuery();
-  drawHeads();
-  drawHeatmap();
-  drawPrediction();
-  drawStory();
-  drawCurves();
-  drawKernel();
-  drawSelection();
-  writeUrl();
+  render(".hero-title",
+    `Where the framed patch looks: layer ${state.layer + 1}, head ${state.head + 1}`);
+  for (const part of [drawModel, drawHeads, drawHeatmap, drawQuery, drawPrediction, drawStory,
+    drawCurves, drawKernel, drawSelection, writeUrl]) part();
 }
 
-// Everything that depends on the query patch. Runs on every mouse move: it must not cause a page
-// layout.
+// The controls that depend on the model.
+export function drawModel() {
+  const { classes, examples, models, recipe } = state.model;
+  const own = state.hasOwn ? [{ key: SESSION, name: "Your tiny model" }] : [];
+  render(".models", [...models, ...own].map(({ key, name }) =>
+    html`<button data-model="${key}" aria-pressed="${key === state.key}">${name}</button>`));
+  render(".kinds", gatedLayers().length === 0 ? "" : KINDS.map((kind) => html`<button
+    data-kind="${kind}" aria-pressed="${kind === shownKind()}">${kind}</button>`));
+  const images = examples.map(({ name, thumbnail, label }) => [name, thumbnail,
+    label ? `its class: ${label}` : `${name}: not one of the model’s classes`]);
+  if (state.upload) images.push(["", state.upload.display, "your image"]);
+  render(".examples", images.map(([name, source, title]) => html`<button data-example="${name}"
+    title="${title}" aria-pressed="${name === (state.example ?? "")}"
+    ><img src="${source}" alt="${title}"></button>`));
+  find(".task").hidden = recipe.dataset !== "patterns";
+  render(".classes", `Classes: ${classes.slice(0, 12).join(", ")}`
+    + (classes.length > 12 ? ` and ${classes.length - 12} more.` : "."));
+  render(".layer", allLayers().map((layer) =>
+    html`<option value="${layer}">${layer + 1}</option>`));
+  find(".layer").value = state.layer;
+}
+
+// What depends on the query patch. Runs on every mouse move: it must not cause a page layout.
 export function drawQuery() {
   if (!state.maps) return;
   const maps = allHeads().map((head) => headMaps(head, state.query));
@@ -206,19 +199,16 @@ export function moveQuery(query) {
 
 export function setLocked(locked) {
   state.locked = locked;
-  find(".image-hint").textContent = locked ? "Locked; click this patch again to unlock it."
-    : "Move over the image to choose the query patch; click to lock it.";
-  find(".image").classList.toggle("locked", locked);
+  render(".image-hint", locked ? "Locked; click this patch again to unlock it."
+    : "Move over the image to choose the query patch; click to lock it.");
   writeUrl();
 }
 
 export function showTab(name) {
   state.tab = name;
-  for (const tab of findAll("[role=tab]")) {
-    const isShown = tab.dataset.tab === name;
-    tab.setAttribute("aria-selected", isShown);
-    tab.tabIndex = isShown ? 0 : -1;
-    find(`#${tab.dataset.tab}`).hidden = !isShown;
+  for (const tab of findAll("[data-tab]")) {
+    tab.ariaSelected = tab.dataset.tab === name;
+    tab.tabIndex = tab.dataset.tab === name ? 0 : -1;
   }
   for (const node of findAll("[data-for]")) node.hidden = !node.dataset.for.includes(name);
   draw();
@@ -231,7 +221,7 @@ let playTimer = null;
 export function stop() {
   clearInterval(playTimer);
   playTimer = null;
-  find(".play").textContent = "▶ Play training";
+  render(".play", "▶ Play training");
 }
 
 export function showSnapshot(snapshot) {
@@ -239,17 +229,17 @@ export function showSnapshot(snapshot) {
   navigate({ snapshot });
 }
 
-export function step() {
-  const snapshot = Math.min((pending.snapshot ?? state.snapshot) + 1, lastSnapshot());
-  navigate({ snapshot });
-  if (snapshot === lastSnapshot()) stop();
-}
+export const nextSnapshot = () =>
+  Math.min((pending.snapshot ?? state.snapshot) + 1, lastSnapshot());
 
 export function play() {
   if (playTimer) return stop();
   if (state.snapshot === lastSnapshot()) navigate({ snapshot: 0 });
-  find(".play").textContent = "❚❚ Pause";
-  playTimer = setInterval(step, 1200);
+  render(".play", "❚❚ Pause");
+  playTimer = setInterval(() => {
+    navigate({ snapshot: nextSnapshot() });
+    if (pending.snapshot === lastSnapshot()) stop();
+  }, 1200);
 }
 
 // --- changed gates
@@ -264,12 +254,8 @@ export function setGates(gates, wait = false) {
 
 // Set all gates of some layers to a number, or to the trained ones (null).
 export function pinGates(layers, gate) {
-  const gates = new Map(state.gates);
-  for (const layer of layers.filter(hasGates)) {
-    for (const head of allHeads()) {
-      if (gate === null) gates.delete(`${layer},${head}`);
-      else gates.set(`${layer},${head}`, gate);
-    }
-  }
-  setGates(gates);
+  const pinned = layers.filter(hasGates).flatMap((layer) =>
+    allHeads().map((head) => [`${layer},${head}`, gate]));
+  const gates = new Map([...state.gates, ...pinned]);
+  setGates(new Map([...gates].filter(([, value]) => value !== null)));
 }
