@@ -36,15 +36,15 @@ from viewer.limits import data_url, limit_requests, load_upload
 from viewer.sessions import MAX_KEPT_RUNS, TrainingQueue
 
 WEB = Path(__file__).parent / "viewer" / "web"
-PAGE_CSS = """.gradio-container { overflow: visible !important; }
-@media (max-width: 700px) { .gradio-container .main { padding: 8px !important; } }"""
 M_MMAP_THRESHOLD = -3  # in malloc.h
 LAUNCH_OPTIONS = {
-    "css": PAGE_CSS,
     "footer_links": [],
     "app_kwargs": {"middleware": [Middleware(limit_requests)], "routes": [Mount("/web", StaticFiles(directory=WEB))]},
-    **dict.fromkeys(("prevent_thread_lock", "quiet"), True),
-    **dict.fromkeys(("run_history", "share", "ssr_mode"), False),
+    "prevent_thread_lock": True,
+    "quiet": True,
+    "run_history": False,
+    "share": False,
+    "ssr_mode": False,
 }
 
 
@@ -116,7 +116,7 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
         gr.HTML(
             html_template=(WEB / "page.html").read_text(),
             css_template=(WEB / "page.css").read_text(),
-            js_on_load='import(new URL("web/main.js", document.baseURI)).then((page) => page.start(element, server));',
+            js_on_load='import(new URL("web/main.js", document.baseURI)).then((page) => page.start(server));',
             server_functions=list(map(json_errors, (describe, prepare_image, layer_maps, recompute, export, train))),
             apply_default_css=False,
             elem_id="viewer",
@@ -171,7 +171,7 @@ def main():
     parser.add_argument("--port", type=int, help="port to listen on (default: first free port from 7860)")
     args = parser.parse_args()
     torch.set_num_threads(2)
-    if sys.platform == "linux":  # return large buffers to the system at once: each thread would keep up to 64 MB of them
+    if sys.platform == "linux":  # else, freed buffers of less than 32 MB stay in a heap, which fragments and grows
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)
     try:
         if args.weights:

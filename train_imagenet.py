@@ -79,8 +79,7 @@ def train(config: Config):
     peak_lr = config.lr * config.batch_size / 512
     total_steps = config.total_epochs * run.steps_per_epoch
     warmup_steps = int(config.warmup_epochs * run.steps_per_epoch)
-    distributed_run = distributed.world_size() > 1
-    ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if distributed_run else model
+    ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if distributed.world_size() > 1 else model
     forward = torch.compile(ddp_model) if config.compile else ddp_model
 
     for epoch in run.epochs():  # epoch 0 only evaluates the initialization

@@ -60,18 +60,25 @@ def perturb(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def use_small_model():
-    """Give the default model of train_cifar.py three blocks, one of them self-attention, and turn off plots."""
-    MODELS["convit_cifar_nano"] = replace(MODELS["convit_cifar_nano"], depth=3, gpsa_layers=2)
+SMALL_MODEL = replace(MODELS["convit_cifar_nano"], depth=3, gpsa_layers=2)
+
+
+def train_quickly():
+    """In a child process: `small_model` and `no_plots`."""
+    MODELS["convit_cifar_nano"] = SMALL_MODEL
     Run._plot = lambda *_, **__: None
 
 
 @pytest.fixture
 def small_model(monkeypatch):
-    """`use_small_model` for a test."""
-    monkeypatch.setitem(MODELS, "convit_cifar_nano", MODELS["convit_cifar_nano"])
-    monkeypatch.setattr(Run, "_plot", Run._plot)  # both are restored after the test
-    use_small_model()
+    """Train three blocks, one of them self-attention, unless a test names another model."""
+    monkeypatch.setitem(MODELS, "convit_cifar_nano", SMALL_MODEL)
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Train without plots, which are slow."""
+    monkeypatch.setattr(Run, "_plot", lambda *_, **__: None)
 
 
 @pytest.fixture

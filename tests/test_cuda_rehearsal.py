@@ -23,6 +23,7 @@ import train_imagenet
 from training import checkpoint, evaluation
 from training.run import Run
 
+pytestmark = pytest.mark.usefixtures("small_model", "no_plots")
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
 DATA_DEPENDENT = {aten.nonzero.default, aten.masked_select.default}

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.run
-from conftest import ROOT, use_small_model
+from conftest import ROOT, train_quickly
 from PIL import Image
 
 import train_cifar
@@ -34,7 +34,7 @@ from training.distributed import Stopped, UserError
 from training.optim import learning_rate
 from training.patterns import patterns
 
-pytestmark = pytest.mark.usefixtures("small_model")
+pytestmark = pytest.mark.usefixtures("small_model", "no_plots")
 QUICK = ["--epochs", "6", "--batch-size", "4", "--drop-path", "0.2", "--mixup", "0.8", "--save-every", "3"]
 QUICK += ["--device", "cpu"]  # forked processes cannot use CUDA
 
@@ -73,7 +73,7 @@ class Script:
         *flags,
         name: str = "train_cifar",
         file_limit: int | None = None,
-        prepare: Callable = use_small_model,
+        prepare: Callable = train_quickly,
     ):
         self.log = log
         self.process = server.Process(target=run_in_child, args=(name, list(flags), log, file_limit, prepare))
@@ -203,7 +203,7 @@ def become_rank(rank: int, port: int):
     """In a child process: become one of two processes that train together."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    use_small_model()
+    train_quickly()
 
 
 def test_full_disk_on_rank_0_stops_all_ranks(tree, tmp_path):
@@ -404,7 +404,7 @@ def torchrun(log: Path, flags: list):
 def two_machines(folder: Path, *flags) -> list[multiprocessing.Process]:
     """Two torchrun agents that act as two machines with one process each, and restart once."""
     script = folder / "train_small.py"
-    script.write_text("import conftest, train_cifar\nconftest.use_small_model()\ntrain_cifar.main()\n")
+    script.write_text("import conftest, train_cifar\nconftest.train_quickly()\ntrain_cifar.main()\n")
     command = ["--nproc-per-node=1", "--nnodes=2", "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
     command += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--", *map(str, [script, *flags])]
     agents = [server.Process(target=torchrun, args=(folder / "agents.log", command)) for _ in range(2)]

@@ -20,11 +20,11 @@ from analysis import read_metrics
 from convit_min import create_model
 from images import load_crop, load_image, preprocess
 from training.config import parse_flags
-from training.data import ImageSet, InMemoryData, decode, infer_dataset
+from training.data import ImageSet, InMemoryData, RunData, decode, infer_dataset
 from training.distributed import UserError
 from training.folders import find_images
-from training.image_folder import ImageFolderDataset, StreamedData, load_data, random_resized_crop
-from training.run import Run
+from training.image_folder import ImageFolderDataset, load_data, random_resized_crop
+from training.patterns import patterns
 from viewer.inspector import AttentionInspector
 from weights import open_model
 
@@ -57,7 +57,7 @@ def tree(tmp_path) -> Path:
 def read(tree, tmp_path, monkeypatch):
     """All images that a script reads in an epoch: the numbers for training and for evaluation, and the data."""
 
-    def call(name: str, *flags) -> tuple[int, int, InMemoryData | StreamedData]:
+    def call(name: str, *flags) -> tuple[int, int, RunData]:
         script, load = SCRIPTS[name]
         small = ["--batch-size", "2", "--img-size", "8", "--workers", "0", "--device", "cpu", "--weights", "none.pt"]
         small += ["--aug-repeats", "1"] if name == "train_imagenet" else []
@@ -152,7 +152,7 @@ def test_splits(name, tree, read):
 def test_evaluation_loads_a_single_split_of_cifar(read, monkeypatch):
     loaded = []
 
-    def load_images(_, split: str, size: int) -> ImageSet:
+    def load_images(_, size: int, split: str) -> ImageSet:
         loaded.append(split)
         return ImageSet(torch.zeros(4, 3, size, size, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), ["a", "b"])
 
@@ -168,7 +168,7 @@ def test_held_out_images_are_cropped_for_evaluation(name, tree, read):
     data = read(name, *split)[2]
     for images, _, indices in data.eval_batches():
         for image, index in zip(images, indices.tolist(), strict=True):
-            assert torch.equal(image, load_crop(data.eval_file(index), 96, 96, 0.875))
+            assert torch.equal(image, load_crop(data.eval_names[index], 96, 96, 0.875))
 
 
 @each_script
@@ -179,7 +179,7 @@ def test_unreadable_images(name, tree, read, capsys):
     trained, evaluated, data = read(name, "--skip-bad-images")
     assert evaluated == 4 and trained == 24
     indices = torch.cat([indices for *_, indices in data.eval_batches()])
-    files = [Path(data.eval_file(index)).name for index in indices.tolist()]
+    files = [data.eval_names[index].name for index in indices.tolist()]
     assert files == ["0.png", "1.png", "2.png", "0.png"] and len(data.sample_images) == 4
     captured = capsys.readouterr()
     output = captured.out + captured.err
@@ -237,9 +237,10 @@ ADVICE = {
 
 @each_script
 @pytest.mark.parametrize("fault", ADVICE)
-def test_advice_can_be_followed(fault, name, tree, read):
+def test_advice_can_be_followed(fault, name, tree, read, monkeypatch):
+    monkeypatch.setattr("training.data.patterns", lambda count, split: patterns(count // 1000, split))
     provoke, advice, follow = ADVICE[fault]
-    flags = ["--data-fraction", "0.002"] if fault == "nothing" else []
+    flags = []
     read(name, *flags)
     provoke(tree)
     with pytest.raises(UserError) as error:
@@ -254,9 +255,9 @@ def test_advice_can_be_followed(fault, name, tree, read):
     assert trained and evaluated
 
 
+@pytest.mark.usefixtures("small_model", "no_plots")
 @each_script
-def test_run_goes_on_after_a_bad_image_is_removed(name, tree, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Run, "_plot", lambda *_, **__: None)  # slow
+def test_run_goes_on_after_a_bad_image_is_removed(name, tree, tmp_path, capsys):
     script, once = SCRIPTS[name][0], {"aug_repeats": 1} if name == "train_imagenet" else {}
 
     def train(**values):
@@ -353,18 +354,18 @@ def test_formats_are_read_alike_on_every_path(kind, photo, tmp_path):
     if kind == " avif" and not features.check("avif"):
         pytest.skip("this Pillow does not read AVIF")
     model = create_model("convit_cifar_nano", num_classes=2).eval()
-    model.crop_pct = 0.875
-    inspector = AttentionInspector("", ["a", "b"], [model], [1])
+    model.crop_pct, model.classes, model.epoch = 0.875, ["a", "b"], 1
+    inspector = AttentionInspector("", [model])
 
     def read(file: Path) -> dict[str, np.ndarray]:
-        one = ImageSet(None, torch.zeros(1, dtype=torch.long), ["a"], [file])
+        one = ImageSet(np.array([file]), torch.zeros(1, dtype=torch.long), ["a"])
         dataset = ImageFolderDataset([file], torch.zeros(1), 32, crop_pct=0.875)
         torch.manual_seed(0)
         augmented = random_resized_crop(file, 32)
         data = inspector.prepare_image(file.read_bytes())
         return {
             "load_image": np.array(load_image(file)),
-            "train_cifar": decode(one, 32, train_cifar.Config(workers=1), 0.875).images[0].permute(1, 2, 0).numpy(),
+            "train_cifar": decode(one, 32, train_cifar.Config(), 0.875)[0].images[0].permute(1, 2, 0).numpy(),
             "train_imagenet": dataset.read(file).permute(1, 2, 0).numpy(),
             "augmented": np.array(augmented),
             "predict": 64 * preprocess(model, file)[0].permute(1, 2, 0).numpy(),

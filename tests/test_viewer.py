@@ -16,6 +16,7 @@ from PIL import Image, ImageSequence
 from convit_min import ConViT, ConViTConfig, create_model
 from images import normalize
 from viewer import sessions
+from viewer.examples import Example, load_examples
 from viewer.export import draw_gates, export_view
 from viewer.inspector import AttentionInspector, open_run, open_weights
 from viewer.limits import encode_image
@@ -78,6 +79,16 @@ def test_layer_maps_reject_invalid_arguments(inspector, photo):
     for arguments in ((pixels, 99), (pixels, -1), (pixels, 1.0), (pixels[:400], 0)):
         with pytest.raises(ValueError, match=r"expected (32 x 32 pixels|a layer from 1 to 7)"):
             inspector.layer_maps(*arguments)
+
+
+def test_examples_come_from_the_dataset_of_the_run(tmp_path, photo):
+    for name in ("left", "right"):
+        (tmp_path / "valid" / name).mkdir(parents=True)
+        (tmp_path / "valid" / name / "1.png").write_bytes(photo)
+    config = {"dataset": "folder", "data_dir": str(tmp_path)}
+    examples = load_examples(config, None, ["left", "other"])
+    assert examples == {"left": Example(photo, "left"), "right": Example(photo)}
+    assert "lion" in load_examples(config | {"data_dir": str(tmp_path / "moved")}, None, [])
 
 
 def test_unusable_uploads_raise_one_sentence(inspector, photo):

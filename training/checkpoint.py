@@ -56,10 +56,8 @@ def load(file: Path) -> dict:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     except Exception as error:  # unpickling a damaged file raises nearly any exception
-        raise UserError(
-            f"{file} is damaged, or was not written by this script, and was not loaded; to restart from the best "
-            f"weights, use --weights {file.with_name('best.pt')} and another --run"
-        ) from error
+        advice = f"to restart from the best weights, use --weights {file.with_name('best.pt')} and another --run"
+        raise UserError(f"{file} is damaged, or not from this script, and was not loaded; {advice}") from error
 
 
 def save_weights(model: ConViT, classes: list[str], crop_pct: float, epoch: int, file: Path, half: bool = False):

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -220,9 +219,8 @@ def parse_flags(config_class: type[RunConfig], description: str) -> RunConfig:
         excluded = ["run", "resume", "eval", "device", "workers"]  # flags of one command or machine
         excluded += ["weights"] if args.eval else []  # those that the run started from
         saved = _read_config(config_class, file)
-        saved_flags = as_flags({name: value for name, value in saved.items() if name not in excluded})
-        args = parser.parse_args([*saved_flags, *sys.argv[1:]])  # validated like typed ones
-    values = vars(args)
+        parser.set_defaults(**{name: value for name, value in saved.items() if name not in excluded})
+    values = vars(parser.parse_args())
     del values["config"]
     return config_class(**values)
 

@@ -162,35 +162,32 @@ def load_files(config, eval_splits: tuple[str, ...], split: str) -> ImageSet:
 
 
 def load_images(config, img_size: int, split: str) -> ImageSet:
-    """The "train" or the "test" set of CIFAR or of the synthetic patterns dataset (20,000 and 2,000 images)."""
+    """The "train" or the "test" set of CIFAR or of the synthetic patterns dataset (20,000 and 2,000 images).
+
+    torchvision downloads and verifies CIFAR if --data-dir does not contain it. Raises UserError if that fails.
+    """
     if config.dataset == "patterns":
         images, labels = patterns(20_000 if split == "train" else 2_000, split)
-        image_set = ImageSet(images, labels, TEXTURES)
+        classes = TEXTURES
     else:
-        image_set = load_cifar(config.dataset, config.data_dir, split)
-    if img_size != image_set.images.shape[-1]:
+        if local_rank() > 0:
+            barrier()  # local rank 0 downloads
+        try:
+            cifar = cifar_class(config.dataset)(config.data_dir, train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:  # no network, a refused download, a damaged archive
+            problem = f"{config.dataset} is not in {config.data_dir} and could not be downloaded ({error})"
+            own = "train on your own images with --data-dir DIR (DIR/train/CLASS/*, DIR/test/CLASS/*)"
+            raise UserError(f"{problem}; put its archive there, or {own}") from error
+        if local_rank() == 0:
+            barrier()
+        images, labels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(cifar.targets)
+        classes = cifar.classes
+    if images.shape[-1] != img_size:
         from torchvision.transforms import v2  # slow to import
 
-        chunks = image_set.images.split(1000)  # resizing takes four bytes per uint8 pixel
-        image_set.images = torch.cat([v2.functional.resize(chunk, [img_size, img_size]) for chunk in chunks])
-    return image_set
-
-
-def load_cifar(dataset: str, data_dir: str, split: str) -> ImageSet:
-    """CIFAR-10 or CIFAR-100; torchvision downloads and verifies it if data_dir does not contain it."""
-    if local_rank() > 0:
-        barrier()  # local rank 0 downloads
-    try:
-        cifar = cifar_class(dataset)(data_dir, train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:  # no network, a refused download, a damaged archive
-        raise UserError(
-            f"{dataset} is not in {data_dir} and could not be downloaded ({error}); put its archive there, "
-            "or train on your own images with --data-dir DIR (DIR/train/CLASS/*, DIR/test/CLASS/*)"
-        ) from error
-    if local_rank() == 0:
-        barrier()
-    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, torch.tensor(cifar.targets), cifar.classes)
+        chunks = images.split(1000)  # resizing takes four bytes per uint8 pixel
+        images = torch.cat([v2.functional.resize(chunk, [img_size, img_size]) for chunk in chunks])
+    return ImageSet(images, labels, classes)
 
 
 def cifar_class(dataset: str | None) -> type | None:

@@ -33,7 +33,12 @@ def find_split(config, split: str, eval_splits: tuple[str, ...]) -> Path:
     if matching := [name for name in names if name in found]:
         return root / matching[0]
     if not has_images(root):
-        raise UserError(describe_missing(root))
+        if nested := next(root.glob("*/train/"), None):
+            raise UserError(f"{root} contains no train/, but {nested.parent} does: use --data-dir {nested.parent}")
+        is_readable = os.access(root, os.R_OK | os.X_OK)
+        problem = "contains neither train/CLASS/* nor CLASS/*" if is_readable else "does not exist, or may not be read"
+        advice = "without own images, try --dataset patterns, or --dataset cifar10 of train_cifar.py"
+        raise UserError(f"{root} {problem}; {advice}")
     others = [file.name for file in root.iterdir() if file.is_dir() and file.name not in SPLITS]
     if split_like := [name for name in others if name.lower() in SPLIT_LIKE]:
         raise UserError(f"rename {list_names(split_like)} in {root}: splits are named {', '.join(SPLITS)}")
@@ -42,15 +47,6 @@ def find_split(config, split: str, eval_splits: tuple[str, ...]) -> Path:
     content = ", ".join(f"{name}/" for name in found) or "class folders"
     advice = "" if found and split == "train" else "; to evaluate on a part of each class, add --val-fraction 0.1"
     raise UserError(f"{root} contains {content}, but no {' or '.join(names)}/{advice}")
-
-
-def describe_missing(root: Path) -> str:
-    """What to do about a folder without images."""
-    if nested := next(root.glob("*/train/"), None):
-        return f"{root} contains no train/, but {nested.parent} does: use --data-dir {nested.parent}"
-    is_readable = os.access(root, os.R_OK | os.X_OK)
-    problem = "contains neither train/CLASS/* nor CLASS/*" if is_readable else "does not exist, or may not be read"
-    return f"{root} {problem}; without own images, try --dataset patterns, or --dataset cifar10 of train_cifar.py"
 
 
 def find_images(folder: Path) -> dict[str, list[Path]]:

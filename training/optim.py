@@ -6,8 +6,6 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def learning_rate(
     step: int, total_steps: int, warmup_steps: int, peak_lr: float, start_lr: float = 1e-6, end_lr: float = 1e-5
@@ -52,8 +50,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float):
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Mixed precision in AMP_DTYPES[amp]; disabled for "off"."""
-    return torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off")
+    """Mixed precision, "bf16" or "fp16"; disabled for "off"."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 class ModelEMA(AveragedModel):

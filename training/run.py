@@ -24,6 +24,7 @@ from training.augment import derive_seed
 from training.distributed import Stopped, UserError, print0, rank
 
 PLOT_INTERVAL = 30  # seconds; epochs may be shorter than plotting
+CONTINUE, SAVE, STOP = 0, 1, 2  # after a step
 
 
 class Run:
@@ -39,7 +40,8 @@ class Run:
         self.components = components
         self.train_state = {"epoch": 0, "step_in_epoch": 0, "loss_sum": 0.0}
         self.train_state |= {"num_train": data.num_train, "num_eval": data.num_eval}
-        self.started, self.best_accuracy, self.last_plot, self.events = time.monotonic(), -1.0, -math.inf, None
+        self.started = self.saved_at = time.monotonic()
+        self.best_accuracy, self.last_plot, self.events = -1.0, -math.inf, None
         self.provenance = []  # on rank 0, one entry per start
         with contextlib.ExitStack() as self.resources:  # closed here if starting or resuming fails
             resumed = self._on_rank0(self._acquire_dir, distributed.was_restarted())
@@ -63,7 +65,7 @@ class Run:
         When the loop ends, or is left by an exception, the lock is released and the signal handlers are restored.
         """
         next_epoch, total_epochs = self.train_state["epoch"], self.config.total_epochs
-        with self.resources, PreemptionHandler(self.config.save_every) as self.preemption:
+        with self.resources, deferred_signals() as self.signals:
             if next_epoch > total_epochs:
                 print0(f"{self.dir} has finished its {total_epochs} epochs; pass a larger --epochs to continue")
             elif self.config.tensorboard and rank() == 0:
@@ -92,19 +94,38 @@ class Run:
     def after_step(self, step: int, lr: float):
         """Update the progress bar, check the loss, save when due. Raises Stopped after SIGTERM or Ctrl-C."""
         step_in_epoch = step % self.steps_per_epoch + 1
-        action = self.preemption.after_step(step + 1)
+        action = distributed.all_reduce_max(STOP if self.signals else SAVE if self._is_save_due(step + 1) else CONTINUE)
         is_last = step_in_epoch == self.steps_per_epoch
         if action or is_last or step_in_epoch % 50 == 0:  # rarely: it synchronizes with the GPU
             loss_sum = distributed.all_reduce_mean(self.loss_sum).item()
-            self._check_finite(loss_sum, step + 1, lr)
+            if not math.isfinite(loss_sum):
+                file = self.dir / "last.pt"
+                saved = f"{file} predates the divergence" if file.exists() else "no checkpoint was saved"
+                advice = f"restart with a lower --lr and another --run ({saved})"
+                raise UserError(f"the loss is no longer finite at step {step + 1}, learning rate {lr:.2g}: {advice}")
             self.progress.set_postfix(loss=f"{loss_sum / step_in_epoch:.3f}")
-        self._time_step(is_last)
+
+        # training speed, without the first step (compilation) if there are others, and without the last save
+        if is_last:
+            duration = time.perf_counter() - self.start_time
+            self.metrics["images_per_second"] = max(self.timed_steps, 1) * self.config.batch_size / duration
+        elif self.timed_steps == 0:
+            self.start_time = time.perf_counter()
+        self.timed_steps += 1
+
         if action or is_last:
             self.train_state |= {"step_in_epoch": step_in_epoch, "loss_sum": loss_sum}
             self._on_rank0(self._save)
-        if action == PreemptionHandler.STOP:
-            message = f"stopped and saved after step {step + 1}; rerun with --resume to continue"
-            raise Stopped(message, self.preemption.status)
+            self.saved_at = time.monotonic()
+        if action == STOP:
+            status = 128 + (self.signals[0] if self.signals else signal.SIGTERM)  # as usual after a signal
+            raise Stopped(f"stopped and saved after step {step + 1}; rerun with --resume to continue", status)
+
+    def _is_save_due(self, step: int) -> bool:
+        every = self.config.save_every
+        if every and every.endswith("m"):
+            return time.monotonic() - self.saved_at > 60 * int(every[:-1])
+        return every is not None and step % int(every) == 0
 
     def end_epoch(self, metrics: dict, heads: HeadStatistics):
         """Write best.pt and a snapshot when due, metrics.jsonl, and plots; print a summary."""
@@ -228,23 +249,6 @@ class Run:
         record |= checkpoint.model_metadata(self.components["model"], self.data.classes, self.data.crop_pct)
         checkpoint.save(record, self.dir / "last.pt")
 
-    def _check_finite(self, loss: float, step: int, lr: float):
-        """Raise UserError if the loss has diverged."""
-        if not math.isfinite(loss):
-            file = self.dir / "last.pt"
-            saved = f"{file} predates the divergence" if file.exists() else "no checkpoint was saved"
-            advice = f"restart with a lower --lr and another --run ({saved})"
-            raise UserError(f"the loss is no longer finite at step {step}, learning rate {lr:.2g}: {advice}")
-
-    def _time_step(self, is_last: bool):
-        """Measure training speed, without the first step (compilation) if there are others, and the last save."""
-        if is_last:
-            duration = time.perf_counter() - self.start_time
-            self.metrics["images_per_second"] = max(self.timed_steps, 1) * self.config.batch_size / duration
-        elif self.timed_steps == 0:
-            self.start_time = time.perf_counter()
-        self.timed_steps += 1
-
     def _plot(self, metrics: dict, is_final: bool):
         if is_final or time.monotonic() - self.last_plot > PLOT_INTERVAL:
             from training.plots import plot_run  # slow to import
@@ -271,50 +275,24 @@ class Run:
         return distributed.from_rank0(call)
 
 
-class PreemptionHandler:
-    """Decides after every step whether to save or stop; all ranks get the same answer after the same step.
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C are only added to the yielded list, so that the current step can be finished and saved."""
+    received = []
 
-    While it is open, SIGTERM and Ctrl-C only set a flag, so that the current step is finished and saved.
-    """
-
-    CONTINUE, SAVE, STOP = 0, 1, 2
-
-    def __init__(self, save_every: str | None):
-        """`save_every` is a number of steps, minutes as in "10m", or None."""
-        self.received, self.saved_at, self.save_every = 0, time.monotonic(), save_every
-
-    def __enter__(self):
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def after_step(self, step: int) -> int:
-        """CONTINUE, SAVE, or STOP."""
-        if self.save_every is None:
-            save = False
-        elif self.save_every.endswith("m"):
-            save = time.monotonic() - self.saved_at > 60 * int(self.save_every[:-1])
-        else:
-            save = step % int(self.save_every) == 0
-        action = distributed.all_reduce_max(self.STOP if self.received else self.SAVE if save else self.CONTINUE)
-        if action != self.CONTINUE:
-            self.saved_at = time.monotonic()
-        return action
-
-    @property
-    def status(self) -> int:
-        """The conventional exit status after a signal."""
-        return 128 + (self.received or signal.SIGTERM)
-
-    def _handle(self, number: int, _):
-        self.received = number
+    def handle(number: int, _):
+        received.append(number)
         if distributed.local_rank() == 0:
             print("\nstopping after this step", file=sys.stderr, flush=True)
         if distributed.world_size() == 1:  # torchrun may forward a signal that was already received
-            signal.signal(number, self.previous[number])  # a second signal terminates at once
+            signal.signal(number, previous[number])  # a second signal terminates at once
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def write_events(writer, metrics: dict, heads: HeadStatistics):

@@ -32,7 +32,7 @@ worker = ThreadPoolExecutor(1)
 class Maps(NamedTuple):
     """Output of one model for one image."""
 
-    content: Tensor  # l h n n, uint8: 255 C / peak, between patches
+    content: list[bytes]  # of every layer (h n n): 255 C / peak, between patches
     peak: Tensor  # l h: maximum of each head's content maps
     probabilities: Tensor  # one per class
 
@@ -58,7 +58,7 @@ class AttentionInspector:
         self.examples = load_examples(self.train_config, run_dir, self.classes)
         bytes_per_image = self.config.depth * self.config.num_heads * math.prod(self.config.grid) ** 2
         self._cached_maps = lru_cache(max(CACHE_BYTES // bytes_per_image, 2 * len(models)))(self._compute_maps)
-        self._cached_opening = lru_cache(maxsize=1)(self._find_opening)
+        self._opening = run_on_worker(lru_cache(maxsize=1)(self._find_opening))
 
     @run_on_worker
     def refresh(self):
@@ -75,9 +75,8 @@ class AttentionInspector:
         fraction = self.train_config["data_fraction"] if self.train_config.get("scale_epochs") else 1
 
         def per_layer(statistic: Callable[[GPSA], Tensor]) -> list:
-            plain = [None] * (self.config.depth - self.config.gpsa_layers)
-            gpsa = [[model.blocks[layer].attn for layer in self.config.gpsa_blocks] for model in models]
-            return [[statistic(attn).tolist() for attn in layers] + plain for layers in gpsa]
+            return [[statistic(block.attn).tolist() if isinstance(block.attn, GPSA) else None for block in model.blocks]
+                    for model in models]  # fmt: skip
 
         return {
             "name": self.name,
@@ -96,7 +95,7 @@ class AttentionInspector:
                 {"name": name, "thumbnail": thumbnail(data), "label": label, "queries": queries, "target": target}
                 for name, (data, label, queries, target) in self.examples.items()
             ],
-            "opening": self._cached_opening(len(models)),  # the page asks every second while a model trains
+            "opening": self._opening(len(models)),  # the page asks every second while a model trains
         }
 
     def curves(self) -> dict | None:
@@ -108,7 +107,6 @@ class AttentionInspector:
         scores = {key: [record.get(key) for record in records] for key in ("test_accuracy", "test_loss", "train_loss")}
         return {"name": self.name, "epochs": [record["epoch"] for record in records]} | heads | scores
 
-    @run_on_worker
     def _find_opening(self, num_snapshots: int) -> dict:
         """The view that shows most: an example that the model learns to classify, and the head that escapes most.
 
@@ -157,7 +155,7 @@ class AttentionInspector:
         pixel_bytes = self._decode_pixels(pixels, layer)
         snapshots = [self._cached_maps(pixel_bytes, model) for model in list(self.models)]
         return {
-            "content": [encode_base64(maps.content[layer].numpy().tobytes()) for maps in snapshots],
+            "content": [encode_base64(maps.content[layer]) for maps in snapshots],
             "peaks": [maps.peak[layer].tolist() for maps in snapshots],
             "predictions": [self._top_classes(maps.probabilities, maps.probabilities) for maps in snapshots],
         }
@@ -171,7 +169,7 @@ class AttentionInspector:
         before = self._cached_maps(pixel_bytes, model)
         after = self._compute_maps(pixel_bytes, model, gates)
         return {
-            "content": encode_base64(after.content[layer].numpy().tobytes()),
+            "content": encode_base64(after.content[layer]),
             "peaks": after.peak[layer].tolist(),
             "predictions": self._top_classes(before.probabilities, after.probabilities),
         }
@@ -213,7 +211,8 @@ class AttentionInspector:
         logits, attention = self._forward(pixel_bytes, model, gates)
         content = torch.stack([self._between_patches(layer.content[0]) for layer in attention])  # l h n n
         peak = content.amax(dim=(2, 3))
-        return Maps((255 * content / peak[..., None, None]).round().byte(), peak, logits[0].softmax(dim=0))
+        quantized = content.mul_(255 / peak[..., None, None]).round_().byte()
+        return Maps([layer.numpy().tobytes() for layer in quantized], peak, logits[0].softmax(dim=0))
 
     @torch.inference_mode()
     def _forward(self, pixel_bytes: bytes, model: ConViT, gates: list | None = None) -> tuple[Tensor, list]:
