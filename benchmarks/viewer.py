@@ -2,12 +2,11 @@
 
     python -m benchmarks.viewer        two minutes on two cores; needs requirements-dev.txt and Chromium
 
-Starts app.py, uses the page with mouse and keyboard, and measures how long the browser takes to show the result. Then
-20 clients each send one random request per second to the server, for a minute.
+Starts app.py, uses the page, and measures how long the browser takes to show the result. Then 20 clients each send one
+random request per second to the server, for a minute.
 Writes results/benchmarks/viewer.{json,md} and viewer.png, a screenshot.
 """
 
-import base64
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,16 +28,21 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from benchmarks.timing import benchmark_parser, time_calls, write_results
 from training.checkpoint import provenance
-from viewer.limits import encode_image
+from viewer.limits import encode_base64, encode_image
 
 ROOT = Path(__file__).parent.parent
 CLIENTS = 20
-RECORD_REPAINTS = """
-window.samples = [];  // milliseconds from every mouse move until the browser has painted the result
-addEventListener("pointermove", () => {
+# timeUntil: milliseconds from `action` to the first paint after `isDone`; samples: from every mouse move to its paint
+TIMERS = """
+const painted = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
+window.timeUntil = async (isDone, action) => {
     const start = performance.now();
-    requestAnimationFrame(() => setTimeout(() => samples.push(performance.now() - start)));
-}, { capture: true });
+    action();
+    for (let done = false; !done; await painted()) done = isDone();
+    return performance.now() - start;
+};
+window.samples = [];
+addEventListener("pointermove", async () => samples.push(await timeUntil(() => true, () => {})), { capture: true });
 """
 
 
@@ -55,6 +58,7 @@ def start_server() -> tuple[subprocess.Popen, str]:
 def open_page(browser: Browser, url: str) -> Page:
     """Open the page in a new browser session and wait for its first attention maps."""
     page = browser.new_context(viewport={"width": 1440, "height": 1000}).new_page()
+    page.add_init_script(TIMERS)
     page.add_init_script("localStorage.setItem('convit-tour', 'seen')")  # the tour would cover the page
     page.goto(url)
     page.wait_for_selector(".viewer:not(.loading)")
@@ -63,7 +67,6 @@ def open_page(browser: Browser, url: str) -> Page:
 
 def hover(page: Page) -> list[float]:
     """Milliseconds from each of 300 mouse moves over the image to the repaint."""
-    page.evaluate(RECORD_REPAINTS)
     box = page.locator(".image").bounding_box()
     for step in range(300):
         x, y = 7 * step % 97 / 97, 13 * step % 89 / 89
@@ -72,35 +75,32 @@ def hover(page: Page) -> list[float]:
     return page.evaluate("samples")
 
 
-def time_until(page: Page, condition: str, action: Callable, *args) -> float:
-    """Milliseconds from an action until a condition holds on the page; those of the driver count, too."""
-    start = time.perf_counter()
-    action(*args)
-    page.wait_for_function(condition)
-    return 1000 * (time.perf_counter() - start)
-
-
-def change(page: Page, name: str, count: int, action: Callable[[str], object]) -> list[float]:
-    """Milliseconds from each of 40 changes of an index in the page's state to its maps."""
-    indices = [step % count for step in range(1, 41)]
-    return [time_until(page, f"convit.state.{name} == {index}", action, str(index)) for index in indices]
+def change(page: Page, name: str, event: str, count: int) -> list[float]:
+    """Milliseconds from each of 40 changes of the snapshot or the layer to its maps."""
+    script = f"""(index) => timeUntil(() => convit.state.{name} === index, () => {{
+        const control = document.querySelector(".{name}");
+        control.value = index;
+        control.dispatchEvent(new Event("{event}"));
+    }})"""
+    return [page.evaluate(script, step % count) for step in range(1, 41)]
 
 
 def upload(page: Page, width: int, height: int) -> list[float]:
-    """Milliseconds from choosing each of ten JPEGs to its maps."""
-    samples = []
-    for _ in range(10):
-        shown = page.evaluate("convit.state.image.pixels")
-        file = {"name": "noise.jpg", "mimeType": "image/jpeg", "buffer": noise_jpeg(width, height)}
-        action = page.locator(".file").set_input_files
-        samples.append(time_until(page, f"convit.state.image.pixels != '{shown}'", action, file))
-    return samples
+    """Milliseconds from dropping each of ten images on the page to its maps."""
+    script = """(data) => {
+        const dataTransfer = new DataTransfer(), { image } = convit.state;
+        const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+        dataTransfer.items.add(new File([bytes], "noise.jpg"));
+        return timeUntil(() => convit.state.image !== image,
+            () => document.body.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true })));
+    }"""
+    return [page.evaluate(script, noise_jpeg(width, height)) for _ in range(10)]
 
 
-def noise_jpeg(width: int, height: int) -> bytes:
-    """A JPEG of smooth random noise, about as detailed as a photo."""
+def noise_jpeg(width: int, height: int) -> str:
+    """A JPEG of smooth random noise, about as detailed as a photo, in base64."""
     noise = Image.effect_noise((width // 8, height // 8), 60).resize((width, height)).convert("RGB")
-    return encode_image(noise, "JPEG", quality=90)
+    return encode_base64(encode_image(noise, "JPEG", quality=90))
 
 
 def run_client(url: str, seed: int, seconds: float) -> list[float]:
@@ -121,7 +121,7 @@ def run_client(url: str, seed: int, seconds: float) -> list[float]:
     rng, model = random.Random(seed), call("describe")
     depth, heads = len(model["gate"][0]), math.prod(model["kernel"])
     pixels = call("prepare_image", example="cheetah")["pixels"]
-    uploads = [base64.b64encode(noise_jpeg(400, 300)).decode() for _ in range(4)]
+    uploads = [noise_jpeg(400, 300) for _ in range(4)]
 
     def upload_image():
         nonlocal pixels
@@ -161,12 +161,11 @@ def main():
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--disable-gpu"])
             load_times = [1000 * time_calls(lambda: open_page(browser, url)) for _ in range(5)]
             page = open_page(browser, f"{url}/#model=cifar10")
-            snapshots, layers = page.locator(".snapshot"), page.locator(".layer")
             measured = {  # name: (samples, target), in ms
                 "page load to first maps": (load_times, 2000),
                 "hover to repaint": (hover(page), 16),
-                "change snapshot": (change(page, "snapshot", 5, snapshots.fill), 100),
-                "change layer": (change(page, "layer", 7, lambda value: layers.select_option(value=value)), 100),
+                "change snapshot": (change(page, "snapshot", "input", 5), 100),
+                "change layer": (change(page, "layer", "change", 7), 100),
                 "upload to maps, 0.5 megapixels": (upload(page, 800, 600), 500),
                 "upload to maps, 12 megapixels": (upload(page, 4000, 3000), 500),
             }

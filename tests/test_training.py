@@ -138,15 +138,12 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
     assert "invalid float value" in error_of("--lr", "fast")
     assert "cannot be opened" in error_of("--resume")
     assert "cannot be opened" in error_of("--config", tmp_path / "nothing.json")
-    for text, message in (
-        ("[1]", "not a config.json of this script"),
-        ('{"gate_scale": 1, "epochs": 3, "epoch": 4}', "epoch, gate_scale (did you mean epochs, gate_lr_scale?); if"),
-        ('{"epochs": 1.5, "lr": 0.1}', "--epochs: invalid int value: '1.5'"),
-        (
-            '{"shift": 4, "flip": true}',
-            "flip, shift (did you mean crop_padding, hflip?); if the other script or an old",
-        ),
-    ):
+    for text, message in {
+        "[1]": "not a config.json of this script",
+        '{"epochs": 3, "epoch": 4, "gate_scale": 1}': "epoch, gate_scale (did you mean epochs, gate_lr_scale?); if",
+        '{"grad_accum_steps": 1.5, "lr": 0.1}': "--grad-accum-steps: invalid int value: '1.5'",
+        '{"shift": 4, "flip": true}': "flip, shift (did you mean crop_padding, hflip?); if the other script or an older",
+    }.items():
         (tmp_path / "other.json").write_text(text)
         assert message in error_of("--config", tmp_path / "other.json")
     (tmp_path / "file").write_text("")
