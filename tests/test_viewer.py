@@ -81,14 +81,15 @@ def test_layer_maps_reject_invalid_arguments(inspector, photo):
             inspector.layer_maps(*arguments)
 
 
-def test_examples_come_from_the_dataset_of_the_run(tmp_path, photo):
+def test_examples_come_from_the_dataset_if_it_can_be_read(tmp_path, photo):
     for name in ("left", "right"):
         (tmp_path / "valid" / name).mkdir(parents=True)
         (tmp_path / "valid" / name / "1.png").write_bytes(photo)
-    config = {"dataset": "folder", "data_dir": str(tmp_path)}
-    examples = load_examples(config, None, ["left", "other"])
-    assert examples == {"left": Example(photo, "left"), "right": Example(photo)}
-    assert "lion" in load_examples(config | {"data_dir": str(tmp_path / "moved")}, None, [])
+    config = {"dataset": "folder", "data_dir": str(tmp_path), "val_fraction": None}
+    assert load_examples(config, None, ["left"]) == {"left": Example(photo, "left"), "right": Example(photo)}
+    (tmp_path / "test").mkdir()  # without images
+    for other in (config, config | {"data_dir": str(tmp_path / "moved")}, config | {"dataset": "cifar10"}):
+        assert "lion" in load_examples(other, None, [])
 
 
 def test_unusable_uploads_raise_one_sentence(inspector, photo):

@@ -1,8 +1,10 @@
 """The images that the page offers: of the model's dataset where they can be read, else photos."""
 
+import contextlib
 import functools
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from einops import rearrange
@@ -11,7 +13,8 @@ from PIL import Image
 
 from images import center_crop, load_image
 from training.data import cifar_class
-from training.folders import SPLITS, find_images
+from training.distributed import UserError
+from training.folders import SPLITS, find_images, find_split
 from training.patterns import patterns
 from viewer.limits import data_url, encode_image
 
@@ -31,18 +34,20 @@ class Example(NamedTuple):
 
 def load_examples(config: dict, run_dir: Path | None, classes: list[str]) -> dict[str, Example]:
     """Example images by name, for a model of these classes that was trained with this config."""
-    dataset, data_dir = config.get("dataset"), Path(config.get("data_dir") or "")
+    dataset = config.get("dataset")
     if dataset == "patterns":
         return pattern_examples(classes)
-    files = {name: Path(get_image(file)) for name, file in PHOTOS.items()}
-    if own := sorted(run_dir.glob("images/*.jpg")) if run_dir else []:  # named after their classes
-        files = {file.stem: file for file in own} | files
-    elif dataset in ("cifar10", "cifar100") and (data_dir / cifar_class(dataset).base_folder).is_dir():
-        test = cifar_class(dataset)(data_dir, train=False)
-        first = {name: test.data[test.targets.index(label)] for label, name in enumerate(test.classes[:MAX_EXAMPLES])}
-        return {name: Example(encode_image(Image.fromarray(image), "PNG"), name) for name, image in first.items()}
-    elif dataset == "folder" and (splits := [data_dir / name for name in SPLITS[1:] if (data_dir / name).is_dir()]):
-        files = {name: paths[0] for name, paths in find_images(splits[0]).items()}
+    own = sorted(run_dir.glob("images/*.jpg")) if run_dir else []  # named after their classes
+    files = {file.stem: file for file in own} | {name: Path(get_image(file)) for name, file in PHOTOS.items()}
+    with contextlib.suppress(UserError, RuntimeError):  # where the dataset is missing or damaged, photos remain
+        if dataset in ("cifar10", "cifar100") and not own:
+            test = cifar_class(dataset)(config["data_dir"], train=False)
+            names = test.classes[:MAX_EXAMPLES]
+            images = [Image.fromarray(test.data[test.targets.index(label)]) for label in range(len(names))]
+            return {name: Example(encode_image(image, "PNG"), name) for name, image in zip(names, images, strict=True)}
+        if dataset == "folder" and not own:
+            split = find_split(SimpleNamespace(**config), "test", SPLITS[1:])
+            files = {name: paths[0] for name, paths in find_images(split).items()}
     shown = list(files.items())[:MAX_EXAMPLES]
     return {name: Example(file.read_bytes(), name if name in classes else None) for name, file in shown}
 
