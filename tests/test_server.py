@@ -62,7 +62,8 @@ def oblong(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     model = ConViT(OBLONG).eval()
     add_epoch(run, model, 0)
-    (run / "config.json").write_text('{"epochs": 4, "dataset": "folder"}')
+    config = {"epochs": 4, "dataset": "folder", "data_dir": "moved", "val_fraction": None}
+    (run / "config.json").write_text(json.dumps(config))
     add_epoch(run, perturb(model), 1)
     plain = run.parent / "plain ViT"
     for other in (plain, run.parent / "again" / run.name):

@@ -148,7 +148,7 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
         assert message in error_of("--config", tmp_path / "other.json")
     (tmp_path / "file").write_text("")
     assert "Not a directory" in error_of("--run", tmp_path / "file" / "run")
-    assert "typo does not exist, or may not be read; without" in error_of("--data-dir", tmp_path / "typo")
+    assert "typo does not exist, or may not be read; if you" in error_of("--data-dir", tmp_path / "typo")
     assert not (tmp_path / "typo").exists()
     assert "contains neither train/CLASS/*" in error_of("--data-dir", tree / "test" / "red", "--dataset", "folder")
 

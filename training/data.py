@@ -35,7 +35,7 @@ class ImageSet:
         return len(self.labels)
 
     def select(self, index: Tensor) -> "ImageSet":
-        """The images of these indices."""
+        """The images of these indices, or of a mask."""
         return ImageSet(self.images[index.numpy()], self.labels[index], self.classes)
 
 
@@ -190,11 +190,11 @@ def load_images(config, img_size: int, split: str) -> ImageSet:
     return ImageSet(images, labels, classes)
 
 
-def cifar_class(dataset: str | None) -> type | None:
-    """torchvision's class of a CIFAR dataset; None for any other dataset."""
+def cifar_class(dataset: str) -> type:
+    """torchvision's class of "cifar10" or "cifar100"."""
     from torchvision import datasets  # slow to import
 
-    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}.get(dataset)
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
 
 
 def decode(files: ImageSet, size: int, config, crop_pct: float = 1.0) -> tuple[ImageSet, np.ndarray]:

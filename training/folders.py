@@ -37,7 +37,7 @@ def find_split(config, split: str, eval_splits: tuple[str, ...]) -> Path:
             raise UserError(f"{root} contains no train/, but {nested.parent} does: use --data-dir {nested.parent}")
         is_readable = os.access(root, os.R_OK | os.X_OK)
         problem = "contains neither train/CLASS/* nor CLASS/*" if is_readable else "does not exist, or may not be read"
-        advice = "without own images, try --dataset patterns, or --dataset cifar10 of train_cifar.py"
+        advice = "if you have no images, try --dataset patterns, or train_cifar.py with --dataset cifar10"
         raise UserError(f"{root} {problem}; {advice}")
     others = [file.name for file in root.iterdir() if file.is_dir() and file.name not in SPLITS]
     if split_like := [name for name in others if name.lower() in SPLIT_LIKE]:
