@@ -211,9 +211,9 @@ class Run:
             self.config.check_same_run(saved_config)
             for name, component in self.components.items():
                 component.load_state_dict(record[name])
-        except (RuntimeError, KeyError) as error:  # a different number of classes, for example
+            self._check_images(state)
+        except (RuntimeError, KeyError) as error:  # a different number of classes, or a run of an older version
             raise UserError(f"{file} does not match this model and data: {error}") from error
-        self._check_images(state)
         records = distributed.from_rank0(read_metrics, self.dir)
         if state["step_in_epoch"] == self.steps_per_epoch and any(r["epoch"] == state["epoch"] for r in records):
             state |= {"epoch": state["epoch"] + 1, "step_in_epoch": 0, "loss_sum": 0.0}  # it was evaluated, too
