@@ -122,6 +122,11 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The records of metrics.jsonl, one per epoch. An incomplete last line, of an interrupted run, is ignored."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    """The records of metrics.jsonl, one per epoch."""
+    return read_json_lines(run_dir / "metrics.jsonl")
+
+
+def read_json_lines(file: Path) -> list[dict]:
+    """The records of a file with one per line. An incomplete last line, left by an interruption, is ignored."""
+    lines = file.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis import read_metrics
+from analysis import read_json_lines, read_metrics
 from training.distributed import Stopped, UserError, abort
 
 CODE = Path(__file__).parent.parent
@@ -38,10 +38,8 @@ def read_run(folder: Path) -> dict:
 
 
 def read_records(file: Path) -> dict[str, dict]:
-    """The finished runs in a runs.jsonl by name. An incomplete last line, left by a crash, is ignored."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return {record["name"]: record for record in records}
+    """The finished runs in a runs.jsonl by name; none if there is no such file."""
+    return {record["name"]: record for record in read_json_lines(file)} if file.exists() else {}
 
 
 class Sweep:

@@ -229,12 +229,11 @@ class Run:
         before, now = (state["num_train"], state["num_eval"]), (self.data.num_train, self.data.num_eval)
         if before == now:
             return
-        change = f"there are {now[0]} training and {now[1]} evaluation images, but {self.dir} started with {before[0]} "
-        change += f"and {before[1]}"
+        counts = f"there are {now[0]} training and {now[1]} evaluation images"
+        change = f"{counts}, but {self.dir} started with {before[0]} and {before[1]}"
         if self.config.val_fraction:  # the split is drawn again: images that were trained on would be evaluated on
-            advice = (
-                "restore the original files (--skip-bad-images leaves out unreadable ones), or choose another --run"
-            )
+            repair = "restore the original files (--skip-bad-images leaves out unreadable ones)"
+            advice = f"{repair}, or choose another --run"
             raise UserError(f"{change}: {advice}")
         print0(f"note: {change}; the run goes on, but is no longer exactly reproducible")
 
