@@ -2,6 +2,7 @@
 
 import json
 import math
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,11 +91,10 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
     attention = model(pixels, return_attention=True)[1]
     rows, columns = model.config.grid
     row, column = query or (rows // 2, columns // 2)
-    ranges = {"layer": (layer, 1, len(attention)), "head": (1 if head is None else head, 1, model.config.num_heads),
-              "row": (row, 0, rows - 1), "column": (column, 0, columns - 1)}  # fmt: skip
-    for name, (value, lowest, highest) in ranges.items():
-        if not lowest <= value <= highest:
-            raise ValueError(f"{name} {value} is out of range: expected {lowest} to {highest}")
+    check_index("layer", layer, 1, len(attention))
+    check_index("head", 1 if head is None else head, 1, model.config.num_heads)
+    check_index("row", row, 0, rows - 1)
+    check_index("column", column, 0, columns - 1)
 
     content, position, gate, mixed = attention[layer - 1]
     uniform = 1 / mixed.shape[-1]
@@ -121,9 +121,15 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
     return figure
 
 
-def read_metrics(run_dir: Path) -> list[dict]:
+def check_index(name: str, index: int, lowest: int, highest: int):
+    """Raise ValueError, with a message for the user, if an index is no integer or is out of range."""
+    if not (isinstance(index, Integral) and lowest <= index <= highest):
+        raise ValueError(f"expected a {name} from {lowest} to {highest}, not {index}")
+
+
+def read_metrics(run_dir: str | Path) -> list[dict]:
     """The records of metrics.jsonl, one per epoch."""
-    return read_json_lines(run_dir / "metrics.jsonl")
+    return read_json_lines(Path(run_dir) / "metrics.jsonl")
 
 
 def read_json_lines(file: Path) -> list[dict]:

@@ -29,9 +29,10 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
-from images import MIN_SIZE
+from analysis import check_index
+from images import decode_size
 from predict import predict
-from viewer.inspector import AttentionInspector, check_index, open_demos, open_run, open_weights
+from viewer.inspector import AttentionInspector, open_demos, open_run, open_weights
 from viewer.limits import data_url, limit_requests, load_upload
 from viewer.sessions import MAX_KEPT_RUNS, TrainingQueue
 
@@ -109,8 +110,9 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
     @api_errors()
     def classes(image: str, top: int = 3, model: str = "") -> list[tuple[str, float]]:
         """The most likely classes of an image and their probabilities, the best first."""
-        upload = load_upload(base64.b64decode(image, validate=True), MIN_SIZE)
-        return predict(select(model).models[-1], upload, top)
+        last = select(model).models[-1]
+        upload = load_upload(base64.b64decode(image, validate=True), decode_size(*last.config.image_shape))
+        return predict(last, upload, top)
 
     with gr.Blocks(title="ConViT: watch heads escape locality", fill_width=True) as page:
         gr.HTML(

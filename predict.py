@@ -22,8 +22,8 @@ from analysis import plot_attention
 from convit_min import ConViT
 from images import preprocess
 from training.config import int_at_least
-from training.folders import find_files
-from weights import list_names, open_model
+from training.folders import find_files, list_skipped
+from weights import open_model
 
 
 @torch.inference_mode()
@@ -48,8 +48,7 @@ def list_files(paths: list[Path]) -> list[Path]:
         files += sorted(map(Path, find_files(str(path), set(), skipped))) if path.is_dir() else [path]
     files += map(Path, skipped.pop("broken links", []))  # opening them fails, and says why
     if skipped:
-        reasons = (f"{len(names)} {reason} ({list_names(names)})" for reason, names in sorted(skipped.items()))
-        print(f"note: skipped: {'; '.join(reasons)}", file=sys.stderr)
+        print(f"note: skipped {list_skipped(skipped)}", file=sys.stderr)
     return files
 
 

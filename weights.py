@@ -69,16 +69,13 @@ def read_weights(source: str) -> Weights:
     path = RELEASED_URL.format(source) if source in RELEASED else source
     is_url = path.startswith(("https://", "http://"))
     if Path(path).is_dir():
-        files = [*Path(path).glob("best.pt")] or snapshot_files(Path(path))
+        files = [*Path(path).glob("best.pt")] or snapshot_files(path)
         if not files:
             raise FileNotFoundError(f"{source} contains neither best.pt nor snapshots/")
         path = str(files[-1])
     try:
-        if is_url:
-            file_name = path.partition("://")[2].replace("/", "_")  # torch.hub would cache by the last part alone
-            options = {"map_location": "cpu", "weights_only": True, "file_name": file_name}
-            record = torch.hub.load_state_dict_from_url(path, **options)
-        elif path.endswith(".safetensors"):
+        path = download(path) if is_url else path
+        if path.endswith(".safetensors"):
             from safetensors.torch import load_file  # an optional dependency
 
             record = load_file(path)
@@ -96,6 +93,8 @@ def read_weights(source: str) -> Weights:
     except Exception as error:  # unpickling a damaged file raises nearly any exception
         if "Unsupported global" in str(error):  # by weights_only
             raise ValueError(f"{source} contains a pickled model or other objects: save its state_dict") from error
+        if is_url:
+            Path(path).unlink(missing_ok=True)  # so that the next call downloads it again
         raise ValueError(f"{source} is damaged, or is not a PyTorch checkpoint") from error
 
     record = record if isinstance(record, dict) else {}
@@ -114,9 +113,18 @@ def read_weights(source: str) -> Weights:
     return Weights(state, config, classes, epoch if isinstance(epoch, int) else 0, record.get("crop_pct"))
 
 
-def snapshot_files(run_dir: Path) -> list[Path]:
+def download(url: str) -> str:
+    """The path of a file from the web, in PyTorch's cache. Raises OSError."""
+    file = Path(torch.hub.get_dir(), "checkpoints", url.partition("://")[2].replace("/", "_"))
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file))
+    return str(file)
+
+
+def snapshot_files(run_dir: str | Path) -> list[Path]:
     """Snapshot files of a run folder, earliest first."""
-    return sorted(run_dir.glob("snapshots/epoch_*.pt"))
+    return sorted(Path(run_dir).glob("snapshots/epoch_*.pt"))
 
 
 def infer_model(state: dict[str, Tensor]) -> tuple[str | None, ConViTConfig | None]:

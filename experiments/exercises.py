@@ -4,11 +4,12 @@
     python -m experiments.exercises 3 8 --seeds 1   some of them
 
 The ```diff blocks of a section are applied to a copy of the code, in which the section's command runs. To add your own
-exercise, add a section. Rerun the same command to resume. Finished runs, table, and plot go to --out
-(results/reproduce/exercises/). The times exclude evaluation.
+exercise, add a section. Rerun the same command to resume; an exercise that you have changed is trained again. Finished
+runs, table, and plot go to --out (results/reproduce/exercises/). The times exclude evaluation.
 """
 
 import argparse
+import hashlib
 import re
 import shlex
 import shutil
@@ -20,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.report import gpsa_heads, markdown, plot_seeds, save
-from experiments.sweep import CODE, WORK, RunSpec, Sweep, read_records, run_main
+from experiments.sweep import CODE, WORK, RunSpec, Sweep, read_runs, run_main
 from train_cifar import Config
 from training.config import int_at_least
 from training.distributed import UserError
@@ -37,10 +38,15 @@ class Exercise:
     diff: str  # all diffs of the section
     flags: list[str]  # of train_cifar.py, including the shared recipe
 
-    def run(self, seed: int, data_dir: str = Config.data_dir) -> RunSpec:
-        """The run of this exercise with a seed; flags and diff define it."""
-        flags = [*self.flags, "--seed", str(seed), "--data-dir", data_dir]
-        return RunSpec(f"{self.number}_seed={seed}", flags, definition=f"{shlex.join(self.flags)}\n{self.diff}")
+    @property
+    def key(self) -> str:
+        """The number, and a digest of the flags and the changed lines: the runs of a changed exercise are new ones."""
+        changed_lines = [line for line in self.diff.splitlines() if line.startswith(("+", "-"))]
+        return f"{self.number}-{hashlib.sha256(repr((self.flags, changed_lines)).encode()).hexdigest()[:6]}"
+
+    def run(self, seed: int, data_dir: str) -> RunSpec:
+        """The run of this exercise with a seed."""
+        return RunSpec(f"{self.key}-seed{seed}", [*self.flags, "--seed", str(seed), "--data-dir", data_dir])
 
 
 def parse_exercises(text: str) -> list[Exercise]:
@@ -86,37 +92,37 @@ def train_exercises(numbers: list[int], seeds: int, data_dir: str, out: Path):
     exercises = {exercise.number: exercise for exercise in parse_exercises(TEXT.read_text())}
     if not exercises.keys() >= set(numbers):
         raise UserError(f"{TEXT.name} has the exercises {', '.join(map(str, exercises))}")
-    planned = [(exercise.run(seed, data_dir), exercise) for seed in range(seeds) for exercise in exercises.values()]
-    exercise_of = {run.name: exercise for run, exercise in planned}
+    selected = [exercises[number] for number in numbers or exercises]
+    runs = [(exercise.run(seed, data_dir), exercise) for seed in range(seeds) for exercise in selected]
+    exercise_of = {run.name: exercise for run, exercise in runs}
     sweep = Sweep(out / "runs.jsonl", WORK / "exercises")
-    sweep.missing([run for run, _ in planned])  # raises UserError if any exercise has changed
 
     def prepare(run: RunSpec) -> Path:
         print(exercise_of[run.name].title, flush=True)
         return copy_code(exercise_of[run.name].diff, sweep.work / f"{run.name}.code")
 
-    runs = [run for run, exercise in planned if exercise.number in (numbers or exercises)]
-    sweep.train(lambda: runs, prepare)
+    sweep.train(lambda: [run for run, _ in runs], prepare)
     write_results(exercises, out)
 
 
 def write_results(exercises: dict[int, Exercise], out: Path):
     """Write a table and a plot of the finished runs in `out`/runs.jsonl, all seeds of an exercise in one row."""
-    records, results, rows = read_records(out / "runs.jsonl"), {}, []
-    for number, exercise in exercises.items():
-        runs = {name: records[name] for name in sorted(records) if name.split("_")[0] == str(number)}
+    finished, shown, results, rows = read_runs(out / "runs.jsonl"), [], {}, []
+    for exercise in exercises.values():
+        runs = [finished[name] for name in sorted(finished) if name.startswith(f"{exercise.key}-seed")]
         if not runs:
             continue
-        last = [run["metrics"][-1] for run in runs.values()]
+        shown += runs
+        last = [run["metrics"][-1] for run in runs]
         accuracy = [row["test_accuracy"] for row in last]
         gate, distance = np.concatenate([gpsa_heads(row) for row in last], axis=1)
         content_heads = (gate < 0.5).sum() / len(runs)
         heads = {"mean_gate": gate.mean(), "non_locality": distance.mean(), "content_heads": content_heads}
-        results[exercise.title] = {"runs": list(runs), "accuracy": accuracy} | heads
+        results[exercise.title] = {"runs": [run["name"] for run in runs], "accuracy": accuracy} | heads
         std = f" ± {stdev(accuracy):.1f} ({len(runs)})" if len(runs) > 1 else ""
         cells = [f"{mean(accuracy):.1f}{std}", f"{gate.mean():.2f}", f"{distance.mean():.2f}", f"{content_heads:.1f}"]
         rows.append([exercise.title, *cells])
-    config = next(iter(records.values()))["config"]
+    config = shown[0]["config"]
     notes = f"""\
 Accuracy (%) on the test images after the last step: mean ± std over seeds (n); one seed where there is no ±.
 All runs: `{config["model"]}`, {last[0]["step"]} steps of {config["batch_size"]} images, learning rate {config["lr"]:g}.
@@ -125,7 +131,7 @@ Heads of the GPSA layers, mean over seeds; non-locality: mean attention distance
     figure = Figure(figsize=(7, 1 + 0.32 * len(rows)), layout="constrained")
     plot_seeds(figure.subplots(), {title: result["accuracy"] for title, result in results.items()})
     text = f"{markdown(header, rows)}\n\n{notes}"
-    save(out / "exercises", {"exercises": results}, text, list(records.values()), figure)
+    save(out / "exercises", {"exercises": results}, text, shown, figure)
 
 
 def main():

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from experiments.sweep import CODE, RunSpec, Sweep, read_records, read_run
+from experiments.sweep import CODE, RunSpec, Sweep, read_run, read_runs
 from training.config import RENAMED_FLAGS
 from training.distributed import UserError
 
@@ -100,7 +100,7 @@ def train(out: Path, work: Path, code: Path | None = None, data_dir: str = DATA_
     """Train the missing runs into `out`/runs.jsonl; `data_dir` is relative to the folder of the code."""
     file = out / "runs.jsonl"
     if list_only:
-        records = read_records(file)
+        records = read_runs(file)
         for run in plan(records, data_dir):
             print("done" if run.name in records else "todo" if run.flags else "wait", run.name, *run.flags)
         return
@@ -112,7 +112,7 @@ def train(out: Path, work: Path, code: Path | None = None, data_dir: str = DATA_
     cwd = code or CODE
 
     def trainable() -> list[RunSpec]:
-        runs = [run for run in plan(read_records(file), data_dir) if run.flags]
+        runs = [run for run in plan(read_runs(file), data_dir) if run.flags]
         return [replace(run, flags=old_flags(run.flags)) for run in runs] if code else runs
 
     Sweep(file, work, read_old_run if code else read_run).train(trainable, lambda run: cwd, cwd)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import grid
-from experiments.sweep import read_records, read_run
+from experiments.sweep import read_run, read_runs
 from training.checkpoint import provenance, write_text
 from training.distributed import UserError
 
@@ -196,7 +196,7 @@ def write_grid(out: Path):
     """Write README.md and figures for the runs in `out`/runs.jsonl, whichever of the grid are finished."""
     if not find_spec("scipy"):
         raise UserError("the report needs a package: pip install scipy")
-    records = read_records(out / "runs.jsonl")
+    records = read_runs(out / "runs.jsonl")
     names = [run.name for run in grid.plan(records)]
     finished = {name: records[name] for name in names if name in records}
     if not finished:
@@ -238,7 +238,7 @@ def compare(folder: Path, runs: list[Path]):
 
     Table and plot are README.md and compare.png in `folder`.
     """
-    finished = list(read_records(folder / "runs.jsonl").values())
+    finished = list(read_runs(folder / "runs.jsonl").values())
     if not finished:
         raise UserError(f"{folder} has no runs.jsonl with finished runs")
     for run in runs:

@@ -28,7 +28,6 @@ class RunSpec:
 
     name: str  # unique within the sweep
     flags: list[str]  # of train_cifar.py, except for --run and --resume
-    definition: str = ""  # whatever else defines the run, such as a diff of the code
 
 
 def read_run(folder: Path) -> dict:
@@ -37,8 +36,8 @@ def read_run(folder: Path) -> dict:
     return {"name": folder.name, "config": config, "provenance": provenance, "metrics": read_metrics(folder)}
 
 
-def read_records(file: Path) -> dict[str, dict]:
-    """The finished runs in a runs.jsonl by name; none if there is no such file."""
+def read_runs(file: Path) -> dict[str, dict]:
+    """The finished runs in a runs.jsonl as records by name; none if there is no such file."""
     return {record["name"]: record for record in read_json_lines(file)} if file.exists() else {}
 
 
@@ -53,18 +52,15 @@ class Sweep:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "a+b") as file:
             lock(file.fileno())
-            if record["name"] not in read_records(self.file):
+            if record["name"] not in read_runs(self.file):
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
                 file.write(json.dumps(record).encode() + b"\n")
 
     def missing(self, runs: list[RunSpec]) -> list[RunSpec]:
-        """The unfinished runs. Raises UserError if a finished run of the same name has a different definition."""
-        records = read_records(self.file)
-        for run in runs:
-            if run.name in records:
-                _check(run, records[run.name].get("definition", ""), f"delete its line in {self.file}")
-        return [run for run in runs if run.name not in records]
+        """The unfinished runs."""
+        finished = read_runs(self.file)
+        return [run for run in runs if run.name not in finished]
 
     def train(
         self,
@@ -101,12 +97,8 @@ class Sweep:
 
     def _train(self, run: RunSpec, code: Path, cwd: Path | None, run_lock: int):
         """Train or resume a run and append it to the file."""
-        folder, definition = self.work / run.name, self.work / run.name / "definition.txt"
+        folder = self.work / run.name
         resume = ["--resume"] if (folder / "last.pt").exists() else []
-        if resume:
-            _check(run, definition.read_text(), f"delete {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
-        definition.write_text(run.definition)
         run_flags = [*run.flags, "--run", os.path.relpath(folder, cwd or "."), *resume]
         command = [sys.executable, str(code.resolve() / "train_cifar.py"), *run_flags]
         # In its own session, the child gets a Ctrl-C only once, from here. It inherits the lock, and so keeps it even
@@ -120,17 +112,11 @@ class Sweep:
             process.terminate()  # it finishes the step and saves
             process.wait()
         if process.returncode == 0:
-            self.append(self.read(folder) | ({"definition": run.definition} if run.definition else {}))
+            self.append(self.read(folder))
         if interrupted:
             raise Stopped(f"stopped in the run {run.name}; {RESUME_HINT}", 130)
         if process.returncode:
             raise UserError(f"the run {run.name} failed; fix the cause, then {RESUME_HINT}")
-
-
-def _check(run: RunSpec, definition: str, remedy: str):
-    """Raise UserError if a stored run has a different definition."""
-    if run.definition != definition:
-        raise UserError(f"{run.name} was trained with different flags or a different diff; {remedy} to train it again")
 
 
 def lock(descriptor: int, wait: bool = True):

@@ -1,6 +1,7 @@
 """Fixtures shared by several test files."""
 
 import contextlib
+import http.server
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: tests run side by side
@@ -11,9 +12,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +204,15 @@ def assert_maps(page, attention, heads_and_queries):
         for kind, maps in expected.items():
             shown = page_map(page, head, query, kind)
             np.testing.assert_allclose(shown, maps[head, query].numpy(), atol=byte_step + 1e-5)
+
+
+@pytest.fixture
+def web_server(tmp_path) -> Iterator[tuple[Path, str]]:
+    """A folder that a local web server serves, and its URL."""
+    folder = tmp_path / "www"
+    folder.mkdir()
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()

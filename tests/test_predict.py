@@ -105,7 +105,7 @@ def test_command_line(photo, tmp_path, monkeypatch, capsys):
     assert [record["file"] for record in records] == list(map(str, files))
     assert len(records[0]["classes"]) == 3 and Image.open(attention).width > 300
     assert output.err.splitlines() == [
-        f"note: skipped: 1 without an image extension ({photos}/c.txt)",
+        f"note: skipped 1 without an image extension ({photos}/c.txt)",
         f"predict.py: {photos}/a.jpg is not an image",
         f"predict.py: {photos}/d.png cannot be opened: No such file or directory",
     ]
@@ -123,7 +123,9 @@ def test_command_line(photo, tmp_path, monkeypatch, capsys):
     assert [row[0] for row in rows] == list(map(str, files[:2]))
     assert all(re.fullmatch(r"0\.\d{4}", row[2]) for row in rows)
     assert "neither best.pt nor snapshots/" in run(tmp_path, "b.jpg")
-    assert "predict.py: layer 8 is out of range" in run(DEMO, photos, "--attention", attention, "--layer", "8")
+    assert "predict.py: expected a layer from 1 to 7, not 8" in run(
+        DEMO, photos, "--attention", attention, "--layer", "8"
+    )
 
 
 def test_plot_attention(demo, photo):
@@ -139,12 +141,13 @@ def test_plot_attention(demo, photo):
     assert single.axes[1].images[0].get_array().shape == (8, 8)
     assert single.axes[1].images[0].get_clim() == (0, pytest.approx(4 / 65))  # nearly uniform
     wrong = [
-        ({"layer": 8}, "layer 8"),
-        ({"layer": 0}, "layer 0"),
-        ({"layer": 1, "head": 0}, "head 0"),
-        ({"layer": 1, "head": 10}, "head 10"),
-        ({"layer": 1, "query": (8, 0)}, "row 8"),
+        ({"layer": 8}, "layer from 1 to 7, not 8"),
+        ({"layer": 0}, "layer from 1 to 7, not 0"),
+        ({"layer": 1.5}, "layer from 1 to 7, not 1.5"),
+        ({"layer": 1, "head": 0}, "head from 1 to 9, not 0"),
+        ({"layer": 1, "head": 10}, "head from 1 to 9, not 10"),
+        ({"layer": 1, "query": (8, 0)}, "row from 0 to 7, not 8"),
     ]
     for arguments, message in wrong:
-        with pytest.raises(ValueError, match=f"{message} is out of range"):
+        with pytest.raises(ValueError, match=f"expected a {message}"):
             plot_attention(demo, photo, **arguments)

@@ -173,7 +173,8 @@ def workspace(tmp_path, monkeypatch, released):
         "https://dl.fbaipublicfiles.com/convit/convit_tiny.pth": released.state_dict(),
         "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth": {"model": deit},
     }
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: files[url])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, file: torch.save(files[url], file))
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """train_cifar.py as a user runs it, and its components against slow references."""
 
 import hashlib
-import http.server
 import itertools
 import json
 import pickle
 import re
 import sys
 import tarfile
-import threading
 from functools import partial
 from pathlib import Path
 
@@ -406,10 +404,11 @@ def test_snapshot_epochs():
 
 
 @pytest.fixture
-def cifar_server(tmp_path, monkeypatch):
+def cifar_server(web_server, monkeypatch):
     """A tiny CIFAR-10 in the official layout on a local web server, with its checksums patched into torchvision."""
-    base = tmp_path / "www" / "cifar-10-batches-py"
-    base.mkdir(parents=True)
+    folder, url = web_server
+    base = folder / "cifar-10-batches-py"
+    base.mkdir()
     random = np.random.default_rng(0)
 
     def checksum(file: Path) -> str:
@@ -419,15 +418,12 @@ def cifar_server(tmp_path, monkeypatch):
         content = {"data": random.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3]}
         (base / name).write_bytes(pickle.dumps(content))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
-    archive = tmp_path / "www" / "cifar.tar.gz"
+    archive = folder / "cifar.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(base, base.name)
-    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(tmp_path / "www")))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
 
     cifar = cifar_class("cifar10")
-    monkeypatch.setattr(cifar, "url", f"http://127.0.0.1:{server.server_port}/cifar.tar.gz")
+    monkeypatch.setattr(cifar, "url", f"{url}/cifar.tar.gz")
     monkeypatch.setattr(cifar, "filename", "cifar.tar.gz")
     monkeypatch.setattr(cifar, "tgz_md5", checksum(archive))
     batches = [[file.name, checksum(file)] for file in sorted(base.glob("*_batch*"))]
@@ -435,8 +431,7 @@ def cifar_server(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar, "test_list", batches[5:])
     meta = {"filename": "batches.meta", "key": "label_names", "md5": checksum(base / "batches.meta")}
     monkeypatch.setattr(cifar, "meta", meta)
-    yield archive
-    server.shutdown()
+    return archive
 
 
 def test_cifar_is_downloaded_once_and_verified(cifar_server, tmp_path):

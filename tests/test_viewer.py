@@ -25,7 +25,7 @@ from weights import load_weights, snapshot_files
 
 @pytest.fixture(scope="module")
 def inspector():
-    return open_run(DEMO)
+    return open_run(str(DEMO))
 
 
 @pytest.fixture

@@ -55,12 +55,34 @@ def test_save_and_load_round_trip(kind, tmp_path):
     assert same_weights(trained, fresh)
 
 
-def test_safetensors(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+@pytest.fixture
+def safetensors():
+    return pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+
+
+def test_safetensors(safetensors, tmp_path):
     trained, fresh = perturb(ConViT(CONFIG)), ConViT(CONFIG)
     safetensors.save_file(trained.state_dict(), tmp_path / "weights.safetensors")
     load_weights(fresh, tmp_path / "weights.safetensors")
     assert same_weights(trained, fresh)
+
+
+def test_download_is_cached_unless_it_is_damaged(safetensors, web_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    folder, url = web_server
+    trained, fresh = perturb(ConViT(CONFIG)), ConViT(CONFIG)
+    for name in ("weights.pt", "weights.safetensors"):
+        (folder / name).write_text("<html>")
+        with pytest.raises(ValueError, match=f"{name} is damaged, or is not a PyTorch checkpoint"):
+            load_weights(fresh, f"{url}/{name}")
+    torch.save(trained.state_dict(), folder / "weights.pt")
+    safetensors.save_file(trained.state_dict(), folder / "weights.safetensors")
+    for name in ("weights.pt", "weights.safetensors"):
+        for _ in range(2):
+            fresh = ConViT(CONFIG)
+            load_weights(fresh, f"{url}/{name}")
+            assert same_weights(trained, fresh)
+            (folder / name).unlink(missing_ok=True)  # the second time, it comes from the cache
 
 
 def test_error_names_the_model_of_the_file(tmp_path):

@@ -67,11 +67,8 @@ def find_images(folder: Path) -> dict[str, list[Path]]:
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
     if skipped:
-        reasons = [
-            f"{len(paths)} {reason} ({list_names([os.path.relpath(path, folder) for path in paths])})"
-            for reason, paths in sorted(skipped.items())
-        ]
-        print0(f"note: skipped in {folder}: {'; '.join(reasons)}")
+        relative = {reason: [os.path.relpath(path, folder) for path in paths] for reason, paths in skipped.items()}
+        print0(f"note: skipped in {folder}: {list_skipped(relative)}")
     if not tree:
         raise UserError(f"{folder} contains no class folders; put the images into {folder}/CLASS/")
     for name, files in tree.items():
@@ -101,6 +98,11 @@ def find_files(folder: str, visited: set[str], skipped: dict[str, list[str]]) ->
         else:
             skipped["without an image extension"].append(entry.path)
     return files
+
+
+def list_skipped(skipped: dict[str, list[str]]) -> str:
+    """How many files were skipped for every reason, with the first few."""
+    return "; ".join(f"{len(paths)} {reason} ({list_names(paths)})" for reason, paths in sorted(skipped.items()))
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry]:

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from analysis import check_index
 from convit_min import ConViT, kernel_shape
-from viewer.inspector import DISPLAY_SIZE, AttentionInspector, check_index, open_run, read_records
+from viewer.inspector import DISPLAY_SIZE, AttentionInspector, open_run, read_records
 from viewer.limits import encode_image, load_upload
 
 POSITION, CONTENT = "#d9730d", "#2f6fd0"  # as in page.css

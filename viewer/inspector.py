@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 import analysis
 from convit_min import GPSA, ConViT, kernel_shape
-from images import center_crop, normalize
+from images import center_crop, decode_size, normalize
 from viewer.examples import load_examples, thumbnail
 from viewer.limits import data_url, encode_base64, encode_image, load_upload
 from weights import open_model, snapshot_files
@@ -136,7 +136,7 @@ class AttentionInspector:
         Returns data URLs for `display` and for the `input` of the model, and the `pixels` that other methods take.
         Raises ValueError, with a message for the user, if the file is not an image or is too large.
         """
-        image, crop_pct = load_upload(file, 2 * DISPLAY_SIZE), self.models[-1].crop_pct
+        image, crop_pct = load_upload(file, decode_size(*self.config.image_shape)), self.models[-1].crop_pct
         cropped = center_crop(image, *self.config.image_shape, crop_pct)
         rows, columns = self.config.grid
         patch_side = max(DISPLAY_SIZE // max(rows, columns), 1)  # a whole number of pixels
@@ -182,7 +182,7 @@ class AttentionInspector:
         maps of self-attention layers are None.
         """
         rows, columns = self.config.grid
-        check_index("patch", query, 0, rows * columns - 1)
+        analysis.check_index("patch", query, 0, rows * columns - 1)
         attention = self._forward(self._decode_pixels(pixels, layer), self.models[snapshot], gates)[1][layer]
 
         def grids(maps: Tensor) -> list:
@@ -203,7 +203,7 @@ class AttentionInspector:
         pixel_bytes = base64.b64decode(pixels, validate=True)
         if len(pixel_bytes) != 3 * height * width:
             raise ValueError(f"expected {width} x {height} pixels")
-        check_index("layer", layer + 1, 1, self.config.depth)  # counted from 1 wherever users see it
+        analysis.check_index("layer", layer + 1, 1, self.config.depth)  # counted from 1 wherever users see it
         return pixel_bytes
 
     @run_on_worker
@@ -237,11 +237,12 @@ class AttentionInspector:
         return [(self.classes[index], round(before[index].item(), 4), round(after[index].item(), 4)) for index in top]
 
 
-def open_run(run_dir: Path, name: str = "") -> AttentionInspector:
+def open_run(run_dir: str | Path, name: str = "") -> AttentionInspector:
     """Inspect the snapshots of a run; `name` defaults to the folder's name.
 
     Raises FileNotFoundError or ValueError if there are no readable snapshots.
     """
+    run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"there is no folder {run_dir}")
     models = [open_model(file) for file in snapshot_files(run_dir)]
@@ -261,12 +262,6 @@ def open_demos() -> dict[str, AttentionInspector]:
     """The models in demo/, by folder; the first one opens."""
     folder = Path(__file__).parent.parent / "demo"
     return {name: open_run(folder / name, title) for name, title in DEMOS.items()}
-
-
-def check_index(name: str, index: int, lowest: int, highest: int):
-    """Raises ValueError, with a message for the user, if an index is no integer or is out of range."""
-    if not (isinstance(index, int) and lowest <= index <= highest):
-        raise ValueError(f"expected a {name} from {lowest} to {highest}")
 
 
 def read_json(run_dir: Path | None, name: str) -> dict:
