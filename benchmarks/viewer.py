@@ -32,7 +32,8 @@ from viewer.limits import encode_base64, encode_image
 
 ROOT = Path(__file__).parent.parent
 CLIENTS = 20
-# timeUntil: milliseconds from `action` to the first paint after `isDone`; samples: from every mouse move to its paint
+# timeUntil: milliseconds from `action` to the first paint after `isDone`
+# hovers: milliseconds of every mouse move, until its handlers have run and until its paint
 TIMERS = """
 const painted = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
 window.timeUntil = async (isDone, action) => {
@@ -41,8 +42,13 @@ window.timeUntil = async (isDone, action) => {
     for (let done = false; !done; await painted()) done = isDone();
     return performance.now() - start;
 };
-window.samples = [];
-addEventListener("pointermove", async () => samples.push(await timeUntil(() => true, () => {})), { capture: true });
+window.hovers = { handled: [], painted: [] };
+let start;
+addEventListener("pointermove", async () => {
+    start = performance.now();
+    hovers.painted.push(await timeUntil(() => true, () => {}));
+}, { capture: true });
+addEventListener("pointermove", () => hovers.handled.push(performance.now() - start));
 """
 
 
@@ -65,14 +71,14 @@ def open_page(browser: Browser, url: str) -> Page:
     return page
 
 
-def hover(page: Page) -> list[float]:
-    """Milliseconds from each of 300 mouse moves over the image to the repaint."""
+def hover(page: Page) -> dict[str, list[float]]:
+    """Milliseconds of each of 300 mouse moves over the image, as TIMERS measures them."""
     box = page.locator(".image").bounding_box()
     for step in range(300):
         x, y = 7 * step % 97 / 97, 13 * step % 89 / 89
         page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
     page.wait_for_timeout(100)
-    return page.evaluate("samples")
+    return page.evaluate("hovers")
 
 
 def change(page: Page, name: str, event: str, count: int) -> list[float]:
@@ -83,6 +89,13 @@ def change(page: Page, name: str, event: str, count: int) -> list[float]:
         control.dispatchEvent(new Event("{event}"));
     }})"""
     return [page.evaluate(script, step % count) for step in range(1, 41)]
+
+
+def pin(page: Page) -> list[float]:
+    """Milliseconds from each of 40 clicks that pin all gates, to position or to content, to the prediction."""
+    script = """(gate) => timeUntil(() => convit.state.gates.get("0,0") === gate && convit.state.recomputed,
+        () => document.querySelector(`[data-scope="model"][data-pin="${gate}"]`).click())"""
+    return [page.evaluate(script, step % 2) for step in range(1, 41)]
 
 
 def upload(page: Page, width: int, height: int) -> list[float]:
@@ -155,19 +168,25 @@ def main():
     parser.add_argument("--seconds", type=float, default=60, help="duration of the load test (default: %(default)s)")
     args = parser.parse_args()
     header = provenance(torch.device("cpu"))
+    start = time.perf_counter()
     server, url = start_server()
+    start_time = 1000 * (time.perf_counter() - start)
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--disable-gpu"])
             load_times = [1000 * time_calls(lambda: open_page(browser, url)) for _ in range(5)]
             page = open_page(browser, f"{url}/#model=cifar10")
+            hovers = hover(page)
             measured = {  # name: (samples, target), in ms
+                "server start": ([start_time], 8000),
                 "page load to first maps": (load_times, 2000),
-                "hover to repaint": (hover(page), 16),
+                "hover: work of the page": (hovers["handled"], 16),
+                "hover to repaint, with the wait for a frame (up to 16.7)": (hovers["painted"], 16),
                 "change snapshot": (change(page, "snapshot", "input", 5), 100),
                 "change layer": (change(page, "layer", "change", 7), 100),
                 "upload to maps, 0.5 megapixels": (upload(page, 800, 600), 500),
                 "upload to maps, 12 megapixels": (upload(page, 4000, 3000), 500),
+                "pin all gates to prediction": (pin(page), 200),
             }
             page = open_page(browser, f"{url}/#epoch=24")  # the last snapshot of the first model
             page.screenshot(path=args.out / "viewer.png")
