@@ -6,14 +6,10 @@ seed. Only the test accuracy after the last step is compared, in the contrasts b
 """
 
 import os
-import re
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from experiments.sweep import CODE, RunSpec, Sweep, read_run, read_runs
-from training.config import RENAMED_FLAGS
-from training.distributed import UserError
+from experiments.sweep import RunSpec, Sweep, read_runs
 
 DATA_DIR = "data/cifar10"
 RECIPE = "--steps-per-epoch 2500 --amp bf16 --batch-size 32"
@@ -96,53 +92,15 @@ def plan(records: dict[str, dict], data_dir: str = DATA_DIR) -> list[RunSpec]:
     return runs
 
 
-def train(out: Path, work: Path, code: Path | None = None, data_dir: str = DATA_DIR, list_only: bool = False):
-    """Train the missing runs into `out`/runs.jsonl; `data_dir` is relative to the folder of the code."""
+def train(out: Path, work: Path, data_dir: str = DATA_DIR, list_only: bool = False):
+    """Train the missing runs into `out`/runs.jsonl, with one thread."""
     file = out / "runs.jsonl"
     if list_only:
         records = read_runs(file)
         for run in plan(records, data_dir):
             print("done" if run.name in records else "todo" if run.flags else "wait", run.name, *run.flags)
         return
-    if code and not (code / "train_cifar.py").exists():
-        raise UserError(f"{code} is not a worktree of commit 2c4125a")
     if hasattr(os, "nice"):  # Windows lacks it; there, Sweep says that it cannot train
         os.nice(10)
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    cwd = code or CODE
-
-    def trainable() -> list[RunSpec]:
-        runs = [run for run in plan(read_runs(file), data_dir) if run.flags]
-        return [replace(run, flags=old_flags(run.flags)) for run in runs] if code else runs
-
-    Sweep(file, work, read_old_run if code else read_run).train(trainable, lambda run: cwd, cwd)
-
-
-# Commit 2c4125a, which trains the grid, has old names of some flags and metrics. Delete what follows, --code, and the
-# `read` of Sweep when all runs are finished.
-
-
-def rename_flags(command: str, names: dict[str, str]) -> str:
-    """Rename the flags in a command, such as --val-fraction 0.1 and --no-hflip."""
-
-    def rename(match: re.Match) -> str:
-        return match[1] + names.get(match[2].replace("-", "_"), match[2]).replace("_", "-")
-
-    return re.sub(r"(--(?:no-)?)([\w-]+)", rename, command)
-
-
-def old_flags(flags: list[str]) -> list[str]:
-    """Flags of train_cifar.py under the names that commit 2c4125a has."""
-    old_names = {new: old for old, new in RENAMED_FLAGS.items()}
-    return [rename_flags(flag, old_names) for flag in flags]
-
-
-def read_old_run(folder: Path) -> dict:
-    """A run folder of commit 2c4125a as a record with current names."""
-    record = read_run(folder)
-    record["config"] = {RENAMED_FLAGS.get(name, name): value for name, value in record["config"].items()}
-    for entry in record["provenance"]:
-        entry["command"] = rename_flags(entry["command"], RENAMED_FLAGS)
-    for row in record["metrics"]:
-        row["heads"] = {"center" if name == "centre" else name: value for name, value in row["heads"].items()}
-    return record
+    Sweep(file, work).train(lambda: [run for run in plan(read_runs(file), data_dir) if run.flags])

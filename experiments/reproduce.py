@@ -34,8 +34,7 @@ def main():
 
     command = add_command("grid", grid.train, "train the missing runs of the grid", "results/evidence")
     command.add_argument("--work", type=Path, default=WORK / "grid", help="folder of unfinished runs (%(default)s)")
-    command.add_argument("--code", type=Path, help="worktree of commit 2c4125a (default: the current code)")
-    command.add_argument("--data-dir", default=grid.DATA_DIR, help="CIFAR-10, relative to the code (%(default)s)")
+    command.add_argument("--data-dir", default=grid.DATA_DIR, help="CIFAR-10 (%(default)s)")
     command.add_argument("--list", action="store_true", dest="list_only", help="print the state and flags of all runs")
 
     add_command("report", report.write_grid, "tables, tests, and figures of the grid", "results/evidence")

@@ -42,10 +42,10 @@ def read_runs(file: Path) -> dict[str, dict]:
 
 
 class Sweep:
-    """Finished runs in `file`, unfinished ones in folders in `work`; `read` makes a record of a finished folder."""
+    """Finished runs in `file`, unfinished ones in folders in `work`."""
 
-    def __init__(self, file: Path, work: Path, read: Callable[[Path], dict] = read_run):
-        self.file, self.work, self.read = file, work, read
+    def __init__(self, file: Path, work: Path):
+        self.file, self.work = file, work
 
     def append(self, record: dict):
         """Add a finished run to the file unless it is there. Atomic among processes."""
@@ -62,16 +62,11 @@ class Sweep:
         finished = read_runs(self.file)
         return [run for run in runs if run.name not in finished]
 
-    def train(
-        self,
-        plan: Callable[[], list[RunSpec]],
-        prepare: Callable[[RunSpec], Path] = lambda run: CODE,
-        cwd: Path | None = None,
-    ):
+    def train(self, plan: Callable[[], list[RunSpec]], prepare: Callable[[RunSpec], Path] = lambda run: CODE):
         """Train all missing runs of a plan, which is called again after every run.
 
-        `prepare` returns the code folder that trains a run; paths in the run's flags are relative to `cwd`.
-        Raises UserError if a run fails, and once it is saved after a KeyboardInterrupt.
+        `prepare` returns the code folder that trains a run. Raises UserError if a run fails, and once it is saved after
+        a KeyboardInterrupt.
         """
         self.work.mkdir(parents=True, exist_ok=True)
         while missing := self.missing(plan()):
@@ -79,7 +74,7 @@ class Sweep:
             try:
                 if self.missing([run]):  # no other process has finished it meanwhile
                     print(f"\n{run.name} ({len(missing)} runs left)", flush=True)
-                    self._train(run, prepare(run), cwd, run_lock)
+                    self._train(run, prepare(run), run_lock)
             finally:
                 os.close(run_lock)
 
@@ -95,15 +90,14 @@ class Sweep:
                     os.close(run_lock)
             print(f"waiting for {runs[0].name}, which another process trains", flush=True)
 
-    def _train(self, run: RunSpec, code: Path, cwd: Path | None, run_lock: int):
+    def _train(self, run: RunSpec, code: Path, run_lock: int):
         """Train or resume a run and append it to the file."""
         folder = self.work / run.name
         resume = ["--resume"] if (folder / "last.pt").exists() else []
-        run_flags = [*run.flags, "--run", os.path.relpath(folder, cwd or "."), *resume]
-        command = [sys.executable, str(code.resolve() / "train_cifar.py"), *run_flags]
+        command = [sys.executable, str(code.resolve() / "train_cifar.py"), *run.flags, "--run", str(folder), *resume]
         # In its own session, the child gets a Ctrl-C only once, from here. It inherits the lock, and so keeps it even
         # if this process is killed.
-        process = subprocess.Popen(command, cwd=cwd, start_new_session=True, pass_fds=[run_lock])
+        process = subprocess.Popen(command, start_new_session=True, pass_fds=[run_lock])
         interrupted = False
         try:
             process.wait()
@@ -112,7 +106,7 @@ class Sweep:
             process.terminate()  # it finishes the step and saves
             process.wait()
         if process.returncode == 0:
-            self.append(self.read(folder))
+            self.append(read_run(folder))
         if interrupted:
             raise Stopped(f"stopped in the run {run.name}; {RESUME_HINT}", 130)
         if process.returncode:

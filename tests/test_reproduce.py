@@ -38,7 +38,7 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["experiments.reproduce", "train_imagenet", "predict", "pytest"])
 RUNS = {str(seed): RunSpec(str(seed), ["--epochs", "3", "--seed", str(seed)]) for seed in range(6)}
 
-# Stands in for train_cifar.py of commit 2c4125a where only the sweep is tested. An epoch takes 0.05 s.
+# Stands in for train_cifar.py where only the sweep is tested. An epoch takes 0.05 s.
 FAKE_TRAINING = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -46,8 +46,7 @@ from pathlib import Path
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 signal.signal(signal.SIGINT, lambda *_: os._exit(99))  # only experiments.sweep gets a Ctrl-C
-flags = {"hold_out": None, "flip": "--no-flip" not in sys.argv}
-flags |= {name[2:].replace("-", "_"): value for name, value in zip(sys.argv, sys.argv[1:]) if name[:2] == "--"}
+flags = {name[2:].replace("-", "_"): value for name, value in zip(sys.argv, sys.argv[1:]) if name[:2] == "--"}
 run = Path(flags["run"])
 run.mkdir(parents=True, exist_ok=True)
 resume = (run / "last.pt").exists()
@@ -62,7 +61,7 @@ first = json.loads((run / "last.pt").read_text()) if resume else 0
 rows = (run / "metrics.jsonl").read_text().splitlines()[:first] if resume else []
 for epoch in range(first, int(flags["epochs"]) + 1):
     time.sleep(0.05)
-    row = {"epoch": epoch, "test_accuracy": epoch + float(flags["seed"]), "heads": {"centre": []}}
+    row = {"epoch": epoch, "test_accuracy": epoch + float(flags["seed"]), "heads": {}}
     rows.append(json.dumps(row))
     (run / "metrics.jsonl").write_text("\\n".join(rows) + "\\n")
     (run / "last.tmp").write_text(json.dumps(epoch + 1))
@@ -246,9 +245,10 @@ def test_finished_runs_have_the_flags_of_the_plan(monkeypatch):
         assert later.items() <= vars(Config()).items()
 
 
-def test_grid_command_trains_with_the_old_code(finished, fake_code, tmp_path, run_script, monkeypatch):
+def test_grid_command_trains_the_missing_runs(finished, fake_code, tmp_path, run_script, monkeypatch):
     """The tuning run comes first: it decides the learning rate of the other one."""
     monkeypatch.setattr(os, "nice", lambda _: None)
+    monkeypatch.setattr("experiments.sweep.CODE", fake_code)
     missing = ["tune-convit-10%-lr0.0005", "convit-10%-seed3"]
     write_records({name: record for name, record in finished.items() if name not in missing}, tmp_path / "out")
     argv = ["grid", "--out", tmp_path / "out", "--work", tmp_path / "work"]
@@ -258,7 +258,7 @@ def test_grid_command_trains_with_the_old_code(finished, fake_code, tmp_path, ru
     with open(tmp_path / "work" / f"{missing[0]}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as if another process trained it: the other run has to wait
         threading.Timer(0.3, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
-        status, output = run_script(reproduce, *argv, "--code", fake_code)
+        status, output = run_script(reproduce, *argv)
     assert status == 0, output
     records = read_runs(tmp_path / "out/runs.jsonl")
     for name, flags in zip(
@@ -269,15 +269,9 @@ def test_grid_command_trains_with_the_old_code(finished, fake_code, tmp_path, ru
         recipe = (
             "--steps-per-epoch 2500 --amp bf16 --batch-size 32 --data-dir data/cifar10 --data-fraction 0.1 --lr 0.0005"
         )
-        run = os.path.relpath(tmp_path / "work" / name, fake_code)
-        assert records[name]["provenance"][0]["command"] == f"python train_cifar.py {recipe} {flags} --run {run}"
-        assert records[name]["config"]["steps_per_epoch"] == "2500" and records[name]["config"]["hflip"] is True
-        assert records[name]["metrics"][-1]["heads"] == {"center": []}
-        passed = read_run(tmp_path / "work" / name)  # under the old names
-        assert {"epoch_steps", "hold_out", "flip"} <= passed["config"].keys()
-        assert passed["provenance"][0]["command"].startswith("python train_cifar.py --epoch-steps 2500 ")
+        command = f"python train_cifar.py {recipe} {flags} --run {tmp_path / 'work' / name}"
+        assert records[name]["provenance"][0]["command"] == command
     assert len(records) == len(finished) and run_script(reproduce, *argv)[0] == 0  # nothing left to train
-    assert grid.old_flags(grid.PATTERNS.split())[-5:] == ["--shift", "0", "--no-flip", "--amp", "bf16"]
 
 
 @pytest.fixture
@@ -469,7 +463,6 @@ def test_user_errors_are_one_sentence(tree, tmp_path, run_script, monkeypatch):
     assert "plain is a plain ViT: it has no gates" in error("gates", "--run", plain)
     assert "has no runs.jsonl with finished runs" in error("compare", tree)
     assert "typo is not a run folder of train_cifar.py" in error("compare", ROOT / "results/tuning", "typo")
-    assert "tree is not a worktree of commit 2c4125a" in error("grid", "--code", "tree")
     monkeypatch.setitem(sys.modules, "scipy", None)
     assert "the report needs a package: pip install scipy" in error("report")
 

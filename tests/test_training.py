@@ -140,7 +140,7 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
         "[1]": "not a config.json of this script",
         '{"epochs": 3, "epoch": 4, "gate_scale": 1}': "epoch, gate_scale (did you mean epochs, gate_lr_scale?); if",
         '{"grad_accum_steps": 1.5, "lr": 0.1}': "--grad-accum-steps: invalid int value: '1.5'",
-        '{"shift": 4, "flip": true}': "flip, shift (did you mean crop_padding, hflip?); if the other script or an old",
+        '{"flip": true}': "flip (did you mean hflip?); if the other script or an older version wrote it",
     }.items():
         (tmp_path / "other.json").write_text(text)
         assert message in error_of("--config", tmp_path / "other.json")

@@ -27,15 +27,6 @@ CORES = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # available
 # flags that may change on --resume
 CHANGEABLE_ON_RESUME = {"data_dir", "run", "resume", "eval", "weights", "device", "compile", "workers", "save_every"}
 CHANGEABLE_ON_RESUME |= {"tensorboard", "skip_bad_images", "csv", "epochs", "lr", "grad_accum_steps"}
-RENAMED_FLAGS = {  # old name in a run folder -> new name
-    "shift": "crop_padding",
-    "flip": "hflip",
-    "hold_out": "val_fraction",
-    "accumulate": "grad_accum_steps",
-    "plain_epochs": "mixup_off_epochs",
-    "repeats": "aug_repeats",
-    "epoch_steps": "steps_per_epoch",
-}
 
 
 def flag(default, text: str, **options):
@@ -266,7 +257,7 @@ def _read_config(config_class: type[RunConfig], file: str | Path) -> dict:
     except (ValueError, TypeError) as error:  # not JSON, or not a dictionary
         raise UserError(f"{file} is not a config.json of this script") from error
     if unknown := values.keys() - names:
-        nearest = {RENAMED_FLAGS.get(name) or _nearest(name, names) for name in unknown}
+        nearest = {_nearest(name, names) for name in unknown}
         message = f"{file} has unknown keys: {list_names(unknown)} (did you mean {list_names(nearest)}?)"
         raise UserError(f"{message}; if the other script or an older version wrote it, start a new run")
     return values
