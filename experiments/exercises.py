@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -21,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.report import gpsa_heads, markdown, plot_seeds, save
-from experiments.sweep import CODE, WORK, RunSpec, Sweep, read_runs, run_main
+from experiments.sweep import CODE, WORK, Sweep, read_runs, run_main
 from train_cifar import Config
 from training.config import int_at_least
 from training.distributed import UserError
@@ -43,10 +44,6 @@ class Exercise:
         """The number, and a digest of the flags and the changed lines: the runs of a changed exercise are new ones."""
         changed_lines = [line for line in self.diff.splitlines() if line.startswith(("+", "-"))]
         return f"{self.number}-{hashlib.sha256(repr((self.flags, changed_lines)).encode()).hexdigest()[:6]}"
-
-    def run(self, seed: int, data_dir: str) -> RunSpec:
-        """The run of this exercise with a seed."""
-        return RunSpec(f"{self.key}-seed{seed}", [*self.flags, "--seed", str(seed), "--data-dir", data_dir])
 
 
 def parse_exercises(text: str) -> list[Exercise]:
@@ -93,15 +90,18 @@ def train_exercises(numbers: list[int], seeds: int, data_dir: str, out: Path):
     if not exercises.keys() >= set(numbers):
         raise UserError(f"{TEXT.name} has the exercises {', '.join(map(str, exercises))}")
     selected = [exercises[number] for number in numbers or exercises]
-    runs = [(exercise.run(seed, data_dir), exercise) for seed in range(seeds) for exercise in selected]
-    exercise_of = {run.name: exercise for run, exercise in runs}
+    plan, exercise_of = {}, {}
+    for seed, exercise in product(range(seeds), selected):
+        name = f"{exercise.key}-seed{seed}"
+        plan[name] = [*exercise.flags, "--seed", str(seed), "--data-dir", data_dir]
+        exercise_of[name] = exercise
+
+    def prepare(name: str) -> Path:
+        print(exercise_of[name].title, flush=True)
+        return copy_code(exercise_of[name].diff, sweep.work / f"{name}.code")
+
     sweep = Sweep(out / "runs.jsonl", WORK / "exercises")
-
-    def prepare(run: RunSpec) -> Path:
-        print(exercise_of[run.name].title, flush=True)
-        return copy_code(exercise_of[run.name].diff, sweep.work / f"{run.name}.code")
-
-    sweep.train(lambda: [run for run, _ in runs], prepare)
+    sweep.train(lambda: plan, prepare)
     write_results(exercises, out)
 
 

@@ -9,7 +9,7 @@ import os
 from itertools import product
 from pathlib import Path
 
-from experiments.sweep import RunSpec, Sweep, read_runs
+from experiments.sweep import Plan, Sweep, read_runs
 
 DATA_DIR = "data/cifar10"
 RECIPE = "--steps-per-epoch 2500 --amp bf16 --batch-size 32"
@@ -66,13 +66,13 @@ def tune_learning_rate(
     return best, learning_rates
 
 
-def plan(records: dict[str, dict], data_dir: str = DATA_DIR) -> list[RunSpec]:
+def make_plan(records: dict[str, dict], data_dir: str = DATA_DIR) -> Plan:
     """All runs, the most important first. A run whose learning rate is not chosen yet has no flags."""
-    runs, best_lr = [], {}
+    plan, best_lr = {}, {}
 
     def add(name: str, model: str, fraction: float, lr: float | None, flags: str):
         setting = f"{MODELS[model]} --data-fraction {fraction} --lr {lr or 0:g} {flags}"
-        runs.append(RunSpec(name, [*RECIPE.split(), "--data-dir", data_dir, *setting.split()] if lr else []))
+        plan[name] = [*RECIPE.split(), "--data-dir", data_dir, *setting.split()] if lr else []
 
     for fraction in FRACTIONS:
         for model in MODELS:
@@ -85,11 +85,11 @@ def plan(records: dict[str, dict], data_dir: str = DATA_DIR) -> list[RunSpec]:
     for seed, (name, variant) in product(SEEDS, VARIANTS.items()):
         add(f"{name}-10%-seed{seed}", "convit", 0.1, best_lr["convit", 0.1], f"{variant} --seed {seed} {FULL_LENGTH}")
     for seed, (name, arm) in product(PATTERN_SEEDS, PATTERN_ARMS.items()):
-        runs.append(RunSpec(f"patterns-{name}-seed{seed}", f"{PATTERNS} {arm} --seed {seed}".split()))
+        plan[f"patterns-{name}-seed{seed}"] = f"{PATTERNS} {arm} --seed {seed}".split()
     for seed, model in product(SEEDS, MODELS):
         name, lr = f"{model}-pool-mean-10%-seed{seed}", best_lr[model, 0.1]
         add(name, model, 0.1, lr, f"--pool mean --seed {seed} {FULL_LENGTH}")
-    return runs
+    return plan
 
 
 def train(out: Path, work: Path, data_dir: str = DATA_DIR, list_only: bool = False):
@@ -97,10 +97,14 @@ def train(out: Path, work: Path, data_dir: str = DATA_DIR, list_only: bool = Fal
     file = out / "runs.jsonl"
     if list_only:
         records = read_runs(file)
-        for run in plan(records, data_dir):
-            print("done" if run.name in records else "todo" if run.flags else "wait", run.name, *run.flags)
+        for name, flags in make_plan(records, data_dir).items():
+            print("done" if name in records else "todo" if flags else "wait", name, *flags)
         return
     if hasattr(os, "nice"):  # Windows lacks it; there, Sweep says that it cannot train
         os.nice(10)
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    Sweep(file, work).train(lambda: [run for run in plan(read_runs(file), data_dir) if run.flags])
+
+    def trainable() -> Plan:
+        return {name: flags for name, flags in make_plan(read_runs(file), data_dir).items() if flags}
+
+    Sweep(file, work).train(trainable)

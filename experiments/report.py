@@ -197,7 +197,7 @@ def write_grid(out: Path):
     if not find_spec("scipy"):
         raise UserError("the report needs a package: pip install scipy")
     records = read_runs(out / "runs.jsonl")
-    names = [run.name for run in grid.plan(records)]
+    names = list(grid.make_plan(records))
     finished = {name: records[name] for name in names if name in records}
     if not finished:
         raise UserError(f"{out} has no runs.jsonl with finished runs of the grid")

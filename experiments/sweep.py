@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from analysis import read_json_lines, read_metrics
@@ -20,14 +19,7 @@ from training.distributed import Stopped, UserError, abort
 CODE = Path(__file__).parent.parent
 WORK = Path("runs/sweeps")
 RESUME_HINT = "rerun the same command to resume"
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """A run of a sweep."""
-
-    name: str  # unique within the sweep
-    flags: list[str]  # of train_cifar.py, except for --run and --resume
+Plan = dict[str, list[str]]  # by name of a run: the flags of train_cifar.py, except for --run and --resume
 
 
 def read_run(folder: Path) -> dict:
@@ -57,44 +49,44 @@ class Sweep:
                 file.truncate(file.read().rfind(b"\n") + 1)
                 file.write(json.dumps(record).encode() + b"\n")
 
-    def missing(self, runs: list[RunSpec]) -> list[RunSpec]:
-        """The unfinished runs."""
+    def missing(self, plan: Plan) -> Plan:
+        """The unfinished runs of a plan."""
         finished = read_runs(self.file)
-        return [run for run in runs if run.name not in finished]
+        return {name: flags for name, flags in plan.items() if name not in finished}
 
-    def train(self, plan: Callable[[], list[RunSpec]], prepare: Callable[[RunSpec], Path] = lambda run: CODE):
-        """Train all missing runs of a plan, which is called again after every run.
+    def train(self, get_plan: Callable[[], Plan], prepare: Callable[[str], Path] = lambda name: CODE):
+        """Train all missing runs of a plan, which is made again after every run.
 
         `prepare` returns the code folder that trains a run. Raises UserError if a run fails, and once it is saved after
         a KeyboardInterrupt.
         """
         self.work.mkdir(parents=True, exist_ok=True)
-        while missing := self.missing(plan()):
-            run, run_lock = self._lock_one(missing)
+        while missing := self.missing(get_plan()):
+            name, run_lock = self._lock_one(list(missing))
             try:
-                if self.missing([run]):  # no other process has finished it meanwhile
-                    print(f"\n{run.name} ({len(missing)} runs left)", flush=True)
-                    self._train(run, prepare(run), run_lock)
+                if name not in read_runs(self.file):  # no other process has finished it meanwhile
+                    print(f"\n{name} ({len(missing)} runs left)", flush=True)
+                    self._train(name, missing[name], prepare(name), run_lock)
             finally:
                 os.close(run_lock)
 
-    def _lock_one(self, runs: list[RunSpec]) -> tuple[RunSpec, int]:
+    def _lock_one(self, names: list[str]) -> tuple[str, int]:
         """Lock the first run that no other process trains; if there is none, wait for the first of all."""
-        for wait, candidates in ((False, runs), (True, runs[:1])):
-            for run in candidates:
-                run_lock = os.open(self.work / f"{run.name}.lock", os.O_RDWR | os.O_CREAT)
+        for wait, candidates in ((False, names), (True, names[:1])):
+            for name in candidates:
+                run_lock = os.open(self.work / f"{name}.lock", os.O_RDWR | os.O_CREAT)
                 try:
                     lock(run_lock, wait)
-                    return run, run_lock
+                    return name, run_lock
                 except BlockingIOError:
                     os.close(run_lock)
-            print(f"waiting for {runs[0].name}, which another process trains", flush=True)
+            print(f"waiting for {names[0]}, which another process trains", flush=True)
 
-    def _train(self, run: RunSpec, code: Path, run_lock: int):
+    def _train(self, name: str, flags: list[str], code: Path, run_lock: int):
         """Train or resume a run and append it to the file."""
-        folder = self.work / run.name
+        folder = self.work / name
         resume = ["--resume"] if (folder / "last.pt").exists() else []
-        command = [sys.executable, str(code.resolve() / "train_cifar.py"), *run.flags, "--run", str(folder), *resume]
+        command = [sys.executable, str(code.resolve() / "train_cifar.py"), *flags, "--run", str(folder), *resume]
         # In its own session, the child gets a Ctrl-C only once, from here. It inherits the lock, and so keeps it even
         # if this process is killed.
         process = subprocess.Popen(command, start_new_session=True, pass_fds=[run_lock])
@@ -108,9 +100,9 @@ class Sweep:
         if process.returncode == 0:
             self.append(read_run(folder))
         if interrupted:
-            raise Stopped(f"stopped in the run {run.name}; {RESUME_HINT}", 130)
+            raise Stopped(f"stopped in the run {name}; {RESUME_HINT}", 130)
         if process.returncode:
-            raise UserError(f"the run {run.name} failed; fix the cause, then {RESUME_HINT}")
+            raise UserError(f"the run {name} failed; fix the cause, then {RESUME_HINT}")
 
 
 def lock(descriptor: int, wait: bool = True):

@@ -24,7 +24,7 @@ from PIL import Image
 from convit_min import GPSA, ConViT, ConViTConfig
 from experiments import grid, report, reproduce
 from experiments.heads import masked
-from experiments.sweep import RunSpec, Sweep, read_run, read_runs, run_main
+from experiments.sweep import Plan, Sweep, read_run, read_runs, run_main
 from images import normalize
 from train_cifar import Config
 from training.checkpoint import save_weights
@@ -36,7 +36,7 @@ from weights import open_model
 # Its processes have imported everything that is slow: they start in milliseconds. test_faults.py shares the server.
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["experiments.reproduce", "train_imagenet", "predict", "pytest"])
-RUNS = {str(seed): RunSpec(str(seed), ["--epochs", "3", "--seed", str(seed)]) for seed in range(6)}
+RUNS = {str(seed): ["--epochs", "3", "--seed", str(seed)] for seed in range(6)}
 
 # Stands in for train_cifar.py where only the sweep is tested. An epoch takes 0.05 s.
 FAKE_TRAINING = """
@@ -79,18 +79,18 @@ def fake_code(tmp_path_factory) -> Path:
     return folder
 
 
-def train_runs(folder: Path, code: Path, runs: list[RunSpec]):
+def train_runs(folder: Path, code: Path, plan: Plan):
     """In a child process: train runs in a folder, with its output in a file."""
     output = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.setpgrp()
     sys.argv = ["sweep"]
-    run_main(Sweep(folder / "runs.jsonl", folder).train, plan=lambda: runs, prepare=lambda run: code)
+    run_main(Sweep(folder / "runs.jsonl", folder).train, get_plan=lambda: plan, prepare=lambda name: code)
 
 
-def start_sweep(folder: Path, code: Path, runs: list[RunSpec]) -> multiprocessing.Process:
-    process = server.Process(target=train_runs, args=(folder, code, runs))
+def start_sweep(folder: Path, code: Path, plan: Plan) -> multiprocessing.Process:
+    process = server.Process(target=train_runs, args=(folder, code, plan))
     process.start()
     return process
 
@@ -110,13 +110,12 @@ def training_pid(run: Path) -> int:
 
 def test_killed_sweep_is_resumed_by_two_processes(fake_code, tmp_path):
     """A run is locked even while only its training process is left; nothing is trained twice."""
-    runs = list(RUNS.values())
-    first = start_sweep(tmp_path, fake_code, runs)
+    first = start_sweep(tmp_path, fake_code, RUNS)
     wait_for((tmp_path / "1" / "last.pt").exists)
     first.kill()
     pid = training_pid(tmp_path / "1")
     os.kill(pid, signal.SIGSTOP)
-    processes = [start_sweep(tmp_path, fake_code, runs) for _ in range(2)]
+    processes = [start_sweep(tmp_path, fake_code, RUNS) for _ in range(2)]
     wait_for(lambda: len(read_runs(tmp_path / "runs.jsonl")) == 5)
     assert len(read_run(tmp_path / "1")["provenance"]) == 1  # both wait
     os.kill(pid, signal.SIGKILL)
@@ -133,7 +132,7 @@ def test_killed_sweep_is_resumed_by_two_processes(fake_code, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_is_passed_on_once_and_the_run_is_saved(fake_code, tmp_path, number):
-    process = start_sweep(tmp_path, fake_code, [RunSpec("slow", ["--epochs", "99", "--seed", "0"])])
+    process = start_sweep(tmp_path, fake_code, {"slow": ["--epochs", "99", "--seed", "0"]})
     wait_for((tmp_path / "slow" / "last.pt").exists)
     os.killpg(process.pid, number)  # as a terminal does on Ctrl-C
     process.join(60)
@@ -173,15 +172,15 @@ def test_append_is_atomic(tmp_path):
 def test_sweep_refuses_what_it_cannot_train(fake_code, tmp_path, monkeypatch):
     sweep = Sweep(tmp_path / "runs.jsonl", tmp_path)
 
-    def refuses(run: RunSpec, message: str):
+    def refuses(plan: Plan, message: str):
         with pytest.raises(UserError, match=message):
-            sweep.train(lambda: [run], lambda run: fake_code)
+            sweep.train(lambda: plan, lambda name: fake_code)
 
-    refuses(RunSpec("bad", ["--seed", "-1"]), r"^the run bad failed; fix the cause, then rerun the same command")
+    refuses({"bad": ["--seed", "-1"]}, r"^the run bad failed; fix the cause, then rerun the same command")
     sweep.append({"name": "done"})
-    sweep.train(lambda: [RunSpec("done", [])])  # nothing to train
+    sweep.train(lambda: {"done": []})  # nothing to train
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    refuses(RunSpec("new", []), "^training needs Linux or macOS; on Windows, use WSL$")
+    refuses({"new": []}, "^training needs Linux or macOS; on Windows, use WSL$")
     assert list(read_runs(sweep.file)) == ["done"]
 
 
@@ -203,7 +202,7 @@ def finished() -> dict[str, dict]:
         return 50 - abs(float(lr) - (1.25e-4 if model == "tune-vit-100%" else 1e-3)) if model[:4] == "tune" else 60
 
     records = {}
-    while new := [run.name for run in grid.plan(records) if run.flags and run.name not in records]:
+    while new := [name for name, flags in grid.make_plan(records).items() if flags and name not in records]:
         records |= {name: fake_record(name, accuracy(name)) for name in new}
     return records
 
@@ -220,7 +219,7 @@ def parse(flags: list[str], monkeypatch) -> Config:
 
 def test_paired_runs_differ_only_in_what_is_compared(finished, monkeypatch):
     """There are 17 tuning runs, 5 seeds of 8 settings, and 3 seeds of 8 arms on the patterns."""
-    configs = {run.name: vars(parse(run.flags, monkeypatch)) for run in grid.plan(finished)}
+    configs = {name: vars(parse(flags, monkeypatch)) for name, flags in grid.make_plan(finished).items()}
     assert len(configs) == 17 + 40 + 24 and configs.keys() == finished.keys()
     assert {configs[f"vit-100%-seed{seed}"]["lr"] for seed in grid.SEEDS} == {1.25e-4}
     assert all(config["val_fraction"] == (0.1 if name[:4] == "tune" else None) for name, config in configs.items())
@@ -234,14 +233,14 @@ def test_paired_runs_differ_only_in_what_is_compared(finished, monkeypatch):
 
 def test_finished_runs_have_the_flags_of_the_plan(monkeypatch):
     records = read_runs(ROOT / "results/evidence/runs.jsonl")
-    done = [run for run in grid.plan(records) if run.name in records]
+    done = {name: flags for name, flags in grid.make_plan(records).items() if name in records}
     assert len(done) == len(records) > 6
     elsewhere = {"run", "dataset", "device", "workers", "resume"}  # where it was trained, or inferred
-    for run in done:
-        config, record = vars(parse(run.flags, monkeypatch)), records[run.name]["config"]
-        same = {name for name in record if config[name] == record[name]}
+    for name, flags in done.items():
+        config, record = vars(parse(flags, monkeypatch)), records[name]["config"]
+        same = {flag for flag in record if config[flag] == record[flag]}
         assert record.keys() - same <= elsewhere
-        later = {name: config[name] for name in config.keys() - record.keys()}  # flags that it did not have
+        later = {flag: config[flag] for flag in config.keys() - record.keys()}  # flags that it did not have
         assert later.items() <= vars(Config()).items()
 
 
