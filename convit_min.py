@@ -15,9 +15,9 @@ only if both maps sum to 1.
 A GPSA layer is initialized as a blurred convolution: position dominates (g = 0.73) and content is nearly uniform.
 With v_pos = alpha (2 Dx, 2 Dy, -1), P is a Gaussian around the offset (Dx, Dy), with standard deviation
 1 / sqrt(2 alpha) per axis; each head is assigned one tap of a small kernel. Read a trained head the same way:
-alpha = -v_pos[2], (Dx, Dy) = v_pos[:2] / (2 alpha) if alpha > 0; with alpha < 0, the head avoids that point.
+alpha = -v_pos[2], (Dx, Dy) = v_pos[:2] / (2 alpha). If alpha < 0, the head avoids that point.
 
-Released ConViT checkpoints load without conversion. At another image size, P is recomputed, pos_embed interpolated.
+Released ConViT checkpoints load without conversion. At another image size, P is recomputed and pos_embed interpolated.
 Shapes: b batch, c channels, h heads, d channels per head, n tokens. The patch grid has Y rows and X columns: n = Y X,
 plus 1 with the class token. Where a pattern contains both grids, Y X index the query and lowercase y x the key.
 """
@@ -58,7 +58,7 @@ class ConViTConfig:  # invalid settings: ValueError
     def __post_init__(self):
         (height, width), patch_size = self.image_shape, self.patch_size
         sizes = height, width, patch_size, self.in_chans, self.dim, self.depth, self.num_heads, self.mlp_ratio
-        if min(*sizes, self.num_classes + 1) <= 0:
+        if min(sizes) <= 0 or self.num_classes < 0:
             raise ValueError("all sizes must be positive, except num_classes, which must be at least 0")
         token_never_joins = self.pool == "token" and self.gpsa_blocks.stop == self.depth
         problems = {
@@ -101,7 +101,7 @@ MODELS = {
     "deit_small_plus":   ConViTConfig(dim=576, num_heads=9, gpsa_layers=0, qkv_bias=True),
     "deit_base":         ConViTConfig(dim=768, num_heads=12, gpsa_layers=0, qkv_bias=True),
     "deit_base_plus":    ConViTConfig(dim=1024, num_heads=16, gpsa_layers=0, qkv_bias=True),
-    # 32-pixel images: nano (1.2 M) trains on two CPU cores, the other (9.0 M) on a GPU; each followed by its plain ViT
+    # 32-pixel images: nano (1.2 M) trains on a CPU, the other (9.0 M) on a GPU; each followed by its plain ViT
     "convit_cifar_nano": ConViTConfig(32, 4, num_classes=10, dim=144, depth=7, num_heads=9, gpsa_layers=5, mlp_ratio=2),
     "vit_cifar_nano":    ConViTConfig(32, 4, num_classes=10, dim=144, depth=7, num_heads=9, gpsa_layers=0, mlp_ratio=2),
     "convit_cifar":      ConViTConfig(32, 4, num_classes=10, dim=288, depth=9, num_heads=9, gpsa_layers=7),
@@ -119,7 +119,7 @@ class HeadAttention(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """C v, where q, k, and v are b h n d each."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 256:  # the fused backward is slow here
-        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+        return (q / math.sqrt(q.shape[-1]) @ k.mT).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -148,7 +148,7 @@ class GPSA(nn.Module):
         """Set the gates. With conv_init, also set v and v_pos: v_pos . r = -alpha |(dx, dy) - (Dx, Dy)|^2 + const.
 
         (Dx, Dy) runs through the taps of a kernel, column by column as in released models: in a 3 x 3 kernel with
-        alpha = 1, head 1 (of 0..8) attends to the patch on the left, v_pos = (-2, 0, -1). Two taps lie at -1/2 and 1/2.
+        alpha = 1, the second head attends to the patch on the left: v_pos = (-2, 0, -1). Two taps lie at -1/2 and 1/2.
         """
         self.gating_param.fill_(self.config.gate_init)
         if not self.config.conv_init:
@@ -181,10 +181,10 @@ class GPSA(nn.Module):
         """P_y (h Y y) and P_x (h X x), whose Kronecker product is P.
 
         v_pos . r is a function of dx plus a function of dy, and exp of a sum is a product, so the softmax over the grid
-        is exactly the product of one softmax per axis. In float64: bfloat16 would round scores of hundreds by about 1.
+        is exactly the product of one softmax per axis. In float32: bfloat16 would round scores of hundreds by about 1.
         """
-        slope_x, slope_y, curvature = self.pos_proj.weight.double()[:, :, None, None].unbind(dim=1)  # h 1 1 each
-        y, x = (torch.arange(side, device=slope_x.device) for side in grid)
+        slope_x, slope_y, curvature = self.pos_proj.weight[:, :, None, None].unbind(dim=1)  # h 1 1 each
+        y, x = (torch.arange(side, dtype=torch.float32, device=slope_x.device) for side in grid)
         dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]  # key minus query: X x, Y y
         score_x = slope_x * dx + curvature * dx**2
         score_y = slope_y * dy + curvature * dy**2
@@ -266,7 +266,7 @@ class ConViT(nn.Module):
                 nn.init.trunc_normal_(param, std=0.02)
             elif name.endswith("bias") and not name.startswith("patch_embed"):
                 nn.init.zeros_(param)
-        for index in config.gpsa_blocks:  # last: the rule above overwrites weights and biases
+        for index in config.gpsa_blocks:  # last: the rule above also sets v.weight and pos_proj.weight
             self.blocks[index].attn.init_parameters()
 
     def encode(self, images: Tensor, return_attention: bool = False) -> tuple[Tensor, list[HeadAttention | None]]:
@@ -276,7 +276,7 @@ class ConViT(nn.Module):
         x = self.patch_embed(images)
         grid = x.shape[-2:]
         pos_embed = resize_pos_embed(self.pos_embed, self.config.grid, grid)
-        x = rearrange(x, "b c Y X -> b (Y X) c").contiguous() + pos_embed  # or every block would copy x
+        x = rearrange(x, "b c Y X -> b (Y X) c").contiguous() + pos_embed  # contiguous: else, every block would copy x
         attention = []
         for index, block in enumerate(self.blocks):
             if index == self.config.gpsa_blocks.stop and self.cls_token is not None:

@@ -1,6 +1,6 @@
 """Train a ConViT on small images: CIFAR-10, CIFAR-100, any image folder, or synthetic patterns.
 
-    python train_cifar.py                                     CIFAR-10 (170 MB download), nano model, two CPU cores
+    python train_cifar.py                                     CIFAR-10 (170 MB download), nano model, on a CPU
     python train_cifar.py --data-dir DIR --run runs/mine      your images: DIR/train/CLASS/*, DIR/test/CLASS/*
     python train_cifar.py --dataset patterns --epochs 3 --crop-padding 0 --no-hflip               no data needed
     python train_cifar.py --model convit_cifar --epochs 300 --batch-size 512 --amp --compile      on a GPU
@@ -104,7 +104,7 @@ def train(config: Config):
             # forward and backward, one micro-batch at a time
             micro_batches = zip(images.chunk(grad_accum_steps), targets.chunk(grad_accum_steps), strict=True)
             for micro_step, (micro_images, micro_targets) in enumerate(micro_batches, 1):
-                ddp_model.require_backward_grad_sync = micro_step == grad_accum_steps  # all-reduce only once
+                ddp_model.require_backward_grad_sync = micro_step == grad_accum_steps  # DDP: all-reduce only once
                 with autocast(device, config.amp):
                     loss = criterion(forward(micro_images), micro_targets) / grad_accum_steps
                 scaler.scale(loss).backward()
@@ -122,7 +122,7 @@ def train(config: Config):
             # progress, finite loss, checkpoint when due, clean stop
             run.after_step(step, lr)
 
-        # evaluate and save the moving average, not the trained weights themselves
+        # evaluate the moving average of the weights, which best.pt and the snapshots contain
         metrics = evaluate(model_ema.module, data.eval_batches(), device, config.amp)
         heads = head_statistics(model_ema.module, data.sample_images)
         run.end_epoch(metrics, heads)

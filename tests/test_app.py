@@ -154,7 +154,7 @@ def test_play_step_and_reset_change_gates_and_maps(page):
     assert page.evaluate("convit.state.snapshot") == last  # playback has stopped
     assert "Play" in page.locator(".play").inner_text()
     assert max(gates(page)) - min(gates(page)) > 0.1 and maps(page) != before  # training has separated the heads
-    assert "head 5 of layer 5 looks for content" in page.locator(".caption").inner_text()
+    assert "head 5 of layer 5 attends more by content" in page.locator(".caption").inner_text()
     assert "test accuracy" in page.locator(".accuracy").inner_text()
     for row in page.locator(".prediction > div").all():
         filled = row.locator(".fill").bounding_box()["width"] / row.locator(".track").bounding_box()["width"]

@@ -12,6 +12,7 @@ from conftest import CONFIG, ROOT, perturb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from convit_min import GPSA, MODELS, ConViT, ConViTConfig, create_model, kernel_shape, resize_pos_embed
@@ -286,6 +287,20 @@ def test_float64_is_float64_throughout():
     assert torch.autograd.gradcheck(output, torch.randn(9, 3, dtype=torch.float64, requires_grad=True))
     pos_embed = torch.randn(1, 6, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda pos_embed: resize_pos_embed(pos_embed, (2, 3), (3, 2)), pos_embed)
+
+
+def test_float32_model_computes_nothing_in_float64():
+    """Apple's GPUs do not have it."""
+
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            assert getattr(result, "dtype", None) != torch.float64, function
+            return result
+
+    model = ConViT(small_config())
+    with NoFloat64():
+        model(torch.randn(1, 3, 12, 36), return_attention=True)[0].sum().backward()
 
 
 def test_half_precision_at_a_different_size():

@@ -21,8 +21,8 @@ from convit_min import MODELS, ConViT, ConViTConfig, create_model
 from training.distributed import UserError, print0, world_size
 from weights import list_names, load_weights
 
-cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-CORES = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # available to each process of this machine
+machine_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = max(1, machine_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # available to each process
 
 # flags that may change on --resume
 CHANGEABLE_ON_RESUME = {"data_dir", "run", "resume", "eval", "weights", "device", "compile", "workers", "save_every"}
@@ -47,7 +47,7 @@ def number(kind: type, minimum: float, maximum: float = math.inf):
             raise argparse.ArgumentTypeError(f"{text!r} must be at least {minimum:g}{limit}")
         return value
 
-    parse.__name__ = kind.__name__  # for the message about text that is no number
+    parse.__name__ = kind.__name__  # for the message about text that is not a number
     return parse
 
 
@@ -65,7 +65,7 @@ def interval(text: str) -> str:
 class RunConfig:
     """Flags of both scripts. Each script adds its own, and sets defaults, as in `epochs: int = 30`.
 
-    In Python, too, values are checked, and converted, as on the command line. Raises UserError for invalid ones.
+    Values set in Python are checked and converted as on the command line. Raises UserError for invalid ones.
     """
 
     # data
@@ -146,8 +146,8 @@ class RunConfig:
         return self.steps_per_epoch * self.batch_size if self.steps_per_epoch else num_train
 
     def check(self, num_train: int):
-        """Raise UserError for a batch size that cannot be split, or a package or precision that is not available."""
-        if self.csv and not self.eval:
+        """Raise UserError for training flags that contradict each other, the data, or the machine."""
+        if self.csv:
             raise UserError("--csv needs --eval")
         if self.tensorboard and not find_spec("tensorboard"):
             raise UserError("--tensorboard needs a package: pip install tensorboard")
@@ -156,11 +156,11 @@ class RunConfig:
         if self.batch_size % (splits := world_size() * self.grad_accum_steps):
             multiple = f"a multiple of processes x --grad-accum-steps = {splits}"
             raise UserError(f"--batch-size {self.batch_size} must be {multiple}")
-        if num_train < self.batch_size and not self.eval:
+        if num_train < self.batch_size:
             raise UserError(f"--batch-size {self.batch_size} exceeds the {num_train} training images: lower it")
         if self.steps_per_epoch and self.scale_epochs:
             raise UserError("--steps-per-epoch and --scale-epochs both set the length of a run: leave one of them out")
-        if self.warmup_epochs >= self.total_epochs and not self.eval:
+        if self.warmup_epochs >= self.total_epochs:
             print0(f"note: --warmup-epochs {self.warmup_epochs:g} covers the whole run")
 
     def check_same_run(self, saved: dict):
@@ -197,7 +197,7 @@ def freeze_gpsa(model: ConViT):
 
 
 def parse_flags(config_class: type[RunConfig], description: str) -> RunConfig:
-    """Parse the command line. --config FILE, and --resume with the run's config.json, replace the defaults.
+    """Parse the command line. Defaults come from --config FILE, or with --resume or --eval from the run's config.json.
 
     Raises UserError for an unknown flag, an invalid value, or a config file that does not match.
     """

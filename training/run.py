@@ -24,14 +24,14 @@ from training.augment import derive_seed
 from training.distributed import Stopped, UserError, print0, rank
 
 PLOT_INTERVAL = 30  # seconds; epochs may be shorter than plotting
-CONTINUE, SAVE, STOP = 0, 1, 2  # after a step
+CONTINUE, SAVE, STOP = 0, 1, 2  # after a step; the largest of all ranks wins
 
 
 class Run:
     """The state of training. `components` (model, ema, optimizer, scaler) are saved in last.pt and restored from it.
 
-    train_state["epoch"] and ["step_in_epoch"] count finished steps; random numbers need no state, since every draw is
-    derived from the seed, the step, and the rank.
+    train_state["epoch"] is the epoch in progress, ["step_in_epoch"] how many of its steps are finished. Random numbers
+    need no state: every draw is derived from the seed, the step, and the rank.
     """
 
     def __init__(self, config, data, device: torch.device, **components):
@@ -84,7 +84,7 @@ class Run:
         if epoch == 0:
             return
         shown = {"desc": f"epoch {epoch}", "unit": "img", "unit_scale": self.config.batch_size, "leave": False}
-        shown["disable"] = True if rank() > 0 else None  # None: only if the output is no terminal
+        shown["disable"] = True if rank() > 0 else None  # None: unless the output is a terminal
         self.progress = tqdm(batches, initial=first_step, total=self.steps_per_epoch, **shown)
         self.timed_steps, self.start_time = 0, time.perf_counter()
         for step, batch in enumerate(self.progress, (epoch - 1) * self.steps_per_epoch + first_step):
@@ -131,7 +131,7 @@ class Run:
         """Write best.pt and a snapshot when due, metrics.jsonl, and plots; print a summary."""
         epoch, accuracy = self.metrics["epoch"], metrics["test_accuracy"]
         if epoch > 0:
-            mean_loss = self.train_state["loss_sum"] / self.steps_per_epoch  # of the last step
+            mean_loss = self.train_state["loss_sum"] / self.steps_per_epoch  # stored after the last step
             self.metrics |= {"train_loss": mean_loss, "lr": self.components["optimizer"].param_groups[0]["lr"]}
         head_metrics = {name: checkpoint.to_json_list(value) for name, value in heads._asdict().items()}
         metrics = self.metrics | metrics | {"heads": head_metrics}
@@ -224,14 +224,14 @@ class Run:
         return records
 
     def _check_images(self, state: dict):
-        """Compare the numbers of images with those at the start of the run. Its epochs keep their number of steps."""
+        """Keep the length of the run's epochs, and compare the numbers of images with those at its start."""
         self.data.epoch_length = self.config.epoch_length(state["num_train"])
         before, now = (state["num_train"], state["num_eval"]), (self.data.num_train, self.data.num_eval)
         if before == now:
             return
         counts = f"there are {now[0]} training and {now[1]} evaluation images"
         change = f"{counts}, but {self.dir} started with {before[0]} and {before[1]}"
-        if self.config.val_fraction:  # the split is drawn again: images that were trained on would be evaluated on
+        if self.config.val_fraction:  # the split would change: training images could be evaluated on
             repair = "restore the original files (--skip-bad-images leaves out unreadable ones)"
             advice = f"{repair}, or choose another --run"
             raise UserError(f"{change}: {advice}")
@@ -283,7 +283,7 @@ def deferred_signals() -> Iterator[list[int]]:
         received.append(number)
         if distributed.local_rank() == 0:
             print("\nstopping after this step", file=sys.stderr, flush=True)
-        if distributed.world_size() == 1:  # torchrun may forward a signal that was already received
+        if distributed.world_size() == 1:  # torchrun may deliver the same signal twice
             signal.signal(number, previous[number])  # a second signal terminates at once
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -16,13 +16,14 @@ export function drawHeads() {
   const [number, isGated] = [state.layer + 1, hasGates()];
   render(".heads-title", `The ${allHeads().length} heads of layer ${number}`);
   render(".heads-hint", isGated
-    ? "Laid out as the taps of a convolution kernel; arrows show where each head starts."
+    ? "Laid out as the taps of a convolution kernel; arrows show where heads look before training."
     : `Layer ${number} is plain self-attention: its heads have no gate and no position map.`);
   find(".heads").style.gridTemplateColumns = `repeat(${kernelColumns}, minmax(0, 1fr))`;
   render(".heads", allHeads().map((tap) => {
     const head = Math.floor(tap / kernelColumns) + (tap % kernelColumns) * kernelRows;
     const gate = gateOf(state.layer, head);
-    const [label, distance] = [gate.toFixed(2), meanDistance(head).toFixed(1)];
+    const digits = Math.abs(gate - 0.5) < 0.005 ? 3 : 2; // 0.496 is below 0.5
+    const [label, distance] = [gate.toFixed(digits), meanDistance(head).toFixed(1)];
     const side = gate > 0.5 ? "mostly position" : "mostly content";
     const changed = changedGate(state.layer, head) === undefined ? "" : "changed";
     return html`<div class="head ${changed}" data-head="${head}" data-gate="${gate.toFixed(3)}"

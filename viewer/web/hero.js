@@ -86,8 +86,10 @@ function paint(maps) {
   const { target } = currentExample(); // a square of patches
   if (target.length) {
     const [[left, top], [right, bottom]] = [cornerOf(target[0]), cornerOf(target.at(-1))];
+    const inset = side / 48; // half of the line, which else is cut off at the edge of the image
+    const lengths = [right - left, bottom - top].map((length) => length + side - 2 * inset);
     context.setLineDash([side / 6, side / 8]);
-    strokeRect(context, [left, top, right - left + side, bottom - top + side], "white", side / 24);
+    strokeRect(context, [left + inset, top + inset, ...lengths], "white", 2 * inset);
     context.setLineDash([]);
   }
   for (const key of keys.filter((key) => map[key] > 1.25 / numPatches())) {

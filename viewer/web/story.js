@@ -35,7 +35,8 @@ export function drawPrediction() {
   const winner = topClass(predictions, 2);
   const [verdict, comment] = label === null
     ? ["", state.example ? "The image is not one of its classes." : ""]
-    : winner === label ? ["correct", "✓ Right."] : ["wrong", `✗ Wrong: it is “${label}”.`];
+    : winner === label ? ["correct", "✓\u00a0Correct."]
+      : ["wrong", `✗\u00a0Wrong: the answer is “${label}”.`];
   render(".verdict", html`<b class="${verdict}">The model says “${winner}”. ${comment}</b>`);
   find(".target-hint").hidden = target.length === 0;
   find(".stale").hidden = state.gates.size === 0 || state.recomputed !== null;
@@ -82,8 +83,7 @@ function accuracy() {
   if (measured === undefined) return "";
   if (!state.gates.size) return html`test accuracy <b>${measured}%</b>`;
   const pinned = pinnedAccuracy();
-  return html`test accuracy ${pinned ? html`<b>${pinned}%</b>, ` : ""}${measured}% with trained
-    gates`;
+  return html`test accuracy ${pinned ? html`<b>${pinned}%</b> ` : ""}(trained gates: ${measured}%)`;
 }
 
 function pinnedAccuracy() {
@@ -134,11 +134,11 @@ function caption() {
   }
   const left = allHeads().filter((head) => gateOf(state.layer, head) < 0.5);
   const status = left.length === 0 ? `all heads of ${layer} still look at neighbors`
-    : `${listHeads(left)} of ${layer} look${left.length > 1 ? "" : "s"} for content rather than `
+    : `${listHeads(left)} of ${layer} attend${left.length > 1 ? "" : "s"} more by content than by `
       + "position";
   if (state.snapshot === lastSnapshot() && !isGrowing()) {
     const invitation = left.length
-      ? " What if all heads had to stay? Press “Pin to position” for all layers." : "";
+      ? " What if every head had to stay local? Pin all layers to position." : "";
     return [departure(left, layer) ?? `After training, ${status}.`, `${reach()}${invitation}`];
   }
   const before = state.model.epochs[state.snapshot - 1];
@@ -149,7 +149,8 @@ function caption() {
   }).join("; ") || `epoch ${epoch}: ${status}`;
   const [old, now] = [accuracyAt(before), accuracyAt(epoch)];
   const rise = now - old >= 1
-    ? ` Test accuracy rises from ${old.toFixed(0)} to ${now.toFixed(0)}%.` : "";
+    ? ` Since epoch ${before}, test accuracy rose from ${old.toFixed(0)} to ${now.toFixed(0)}%.`
+    : "";
   return [`${events[0].toUpperCase()}${events.slice(1)}.`, `${reach()}${rise}`];
 }
 
@@ -159,9 +160,9 @@ function departure(left, layer) {
   if (!left.includes(state.head) || !event) return null;
   const others = left.filter((head) => head !== state.head);
   const too = others.length
-    ? ` By epoch ${currentEpoch()}, ${listHeads(others)} had a gate below 0.5, too.` : "";
+    ? ` By epoch ${currentEpoch()}, ${listHeads(others)} had left, too.` : "";
   return `Head ${state.head + 1} of ${layer} left its neighbors in epoch ${event[0]}, when its `
-    + `gate fell below 0.5.${too}`;
+    + `gate (the share of position) fell below 0.5.${too}`;
 }
 
 function captionOfChangedGates(layer) {
@@ -179,7 +180,7 @@ function captionOfChangedGates(layer) {
   const measured = pinned && trained
     ? ` On all test images, its accuracy is ${pinned}% instead of ${trained}%.` : "";
   return [headline,
-    `${said}${measured} A model trained with these gates from the start may learn another way.`];
+    `${said}${measured} A model trained with these gates from the start might find another way.`];
 }
 
 // What is known about the whole run, from its data.
