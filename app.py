@@ -15,6 +15,7 @@ import base64
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import signal
 import socket
@@ -32,7 +33,7 @@ from starlette.staticfiles import StaticFiles
 from analysis import check_index
 from images import decode_size
 from predict import predict
-from viewer.inspector import AttentionInspector, open_demos, open_run, open_weights
+from viewer.inspector import AttentionInspector, open_demos, open_run, open_weights, worker
 from viewer.limits import data_url, limit_requests, load_upload
 from viewer.sessions import MAX_KEPT_RUNS, TrainingQueue
 
@@ -112,7 +113,7 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
         """The most likely classes of an image and their probabilities, the best first."""
         last = select(model).models[-1]
         upload = load_upload(base64.b64decode(image, validate=True), decode_size(*last.config.image_shape))
-        return predict(last, upload, top)
+        return worker.submit(predict, last, upload, top).result()
 
     with gr.Blocks(title="ConViT: watch heads escape locality", fill_width=True) as page:
         gr.HTML(
@@ -129,10 +130,14 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
 
 
 def open_models(runs: list[Path]) -> dict[str, AttentionInspector]:
-    """Run folders by name; where names repeat, they include the parent folder. Raises OSError or ValueError."""
-    names = [run.name for run in runs]
-    keys = [run.name if names.count(run.name) == 1 else "/".join(run.parts[-2:]) for run in runs]
-    return {key: open_run(run, key) for key, run in zip(keys, runs, strict=True)}
+    """Run folders by name; where names repeat, they include parent folders. Raises OSError or ValueError."""
+    parts = {run.resolve().parts for run in runs}
+
+    def key_of(run: Path) -> str:
+        endings = (run.resolve().parts[-count:] for count in itertools.count(1))
+        return "/".join(next(key for key in endings if sum(other[-len(key) :] == key for other in parts) == 1))
+
+    return {key_of(run): open_run(run, key_of(run)) for run in runs}
 
 
 def json_errors(function):

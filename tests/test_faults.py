@@ -481,7 +481,7 @@ def test_workers_survive_a_signal_until_the_step_is_saved(imagenet, tmp_path):
     script.wait_for(run / "last.pt")
     workers = children_of(script.process.pid)
     assert len(workers) == 2
-    for pid in [*workers, script.process.pid]:
+    for pid in [*workers, *workers, script.process.pid]:  # torchrun may deliver it twice
         os.kill(pid, signal.SIGTERM)
     status, output = script.wait()
     assert status == 128 + signal.SIGTERM and "Traceback" not in output
@@ -514,7 +514,13 @@ def test_evaluation_needs_only_the_validation_images(reference_run, imagenet, tm
     flags = ["--data-dir", imagenet, *SMALL, "--eval", "--weights", reference_run / "best.pt"]
     status, output = run_script(train_imagenet, *flags, "--run", tmp_path / "run")
     assert status == 0 and "test_accuracy" in output, output
-    assert (tmp_path / "run" / "eval.json").exists()
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["split"] == "validation"
+    for wrong, message in (
+        (["--img-size", "30"], "--img-size 30 must be a multiple of the patch size, 4"),
+        (["--run", reference_run / "best.pt"], "File exists"),
+    ):
+        status, output = run_script(train_imagenet, *flags, "--run", tmp_path / "run", *wrong)
+        assert status == 1 and message in output and "Traceback" not in output, output
 
 
 def test_missing_and_mismatched_folders_get_one_sentence(imagenet, tmp_path, run_script):

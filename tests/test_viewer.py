@@ -87,6 +87,8 @@ def test_examples_come_from_the_dataset_if_it_can_be_read(tmp_path, photo):
         (tmp_path / "valid" / name / "1.png").write_bytes(photo)
     config = {"dataset": "folder", "data_dir": str(tmp_path), "val_fraction": None}
     assert load_examples(config, None, ["left"]) == {"left": Example(photo, "left"), "right": Example(photo)}
+    (tmp_path / "valid" / "right" / "1.png").write_bytes(photo[:50])  # damaged
+    assert load_examples(config, None, ["left"]) == {"left": Example(photo, "left")}
     (tmp_path / "test").mkdir()  # without images
     for other in (config, config | {"data_dir": str(tmp_path / "moved")}, config | {"dataset": "cifar10"}):
         assert "lion" in load_examples(other, None, [])

@@ -1,6 +1,7 @@
 """Files of a run folder, written so that a crash never leaves half a file."""
 
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -9,9 +10,12 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,23 +24,19 @@ from convit_min import ConViT
 from training.distributed import UserError, world_size
 
 
-def save(record: dict, file: Path):
-    """torch.save, atomically: whatever happens, the file is either the old or the new one.
-
-    Raises UserError if the disk is full or not writable.
-    """
-    partial = file.with_suffix(".tmp")
+def write(file: Path, write_to: Callable[[BinaryIO], object]):
+    """Write a file atomically: whatever happens, it is either the old or the new one. Raises OSError."""
+    new = file.with_suffix(".tmp")
     try:
-        with open(partial, "wb") as output:
-            torch.save(record, output)
+        with open(new, "wb") as output:
+            write_to(output)
             output.flush()
             os.fsync(output.fileno())
-        os.replace(partial, file)
+        os.replace(new, file)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-        partial.unlink(missing_ok=True)
-        advice = f"free disk space, then {rerun(file.parent)}"
-        intact = "the previous one is intact; " if file.exists() else ""
-        raise UserError(f"{file} cannot be saved ({error}): {intact}{advice}") from error
+        new.unlink(missing_ok=True)
+        code, reason = getattr(error, "errno", errno.ENOSPC), getattr(error, "strerror", None) or error
+        raise OSError(code, f"{file.name} cannot be saved: {reason}") from error
 
 
 def rerun(run_dir: Path) -> str:
@@ -63,7 +63,8 @@ def load(file: Path) -> dict:
 def save_weights(model: ConViT, classes: list[str], crop_pct: float, epoch: int, file: Path, half: bool = False):
     """Write weights (in half precision if `half`) with everything that `weights.open_model` needs."""
     state = {key: (value.half() if half else value).cpu() for key, value in model.state_dict().items()}
-    save({"model": state, "epoch": epoch} | model_metadata(model, classes, crop_pct), file)
+    record = {"model": state, "epoch": epoch} | model_metadata(model, classes, crop_pct)
+    write(file, partial(torch.save, record))
 
 
 def model_metadata(model: ConViT, classes: list[str], crop_pct: float) -> dict:
@@ -75,9 +76,7 @@ def model_metadata(model: ConViT, classes: list[str], crop_pct: float) -> dict:
 
 def write_text(file: Path, text: str):
     """Write a text file atomically."""
-    partial = file.with_suffix(".tmp")
-    partial.write_text(text)
-    os.replace(partial, file)
+    write(file, lambda output: output.write(text.encode()))
 
 
 def write_json(file: Path, value):

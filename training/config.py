@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ class RunConfig:
     @property
     def device_batch_size(self) -> int:
         """Images per forward pass of one process."""
-        return self.batch_size // (world_size() * self.grad_accum_steps)
+        return max(1, self.batch_size // (world_size() * self.grad_accum_steps))
 
     @property
     def total_epochs(self) -> int:
@@ -201,6 +202,7 @@ def parse_flags(config_class: type[RunConfig], description: str) -> RunConfig:
 
     Raises UserError for an unknown flag, an invalid value, or a config file that does not match.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     parser = _flag_parser(config_class, description)
     parser.add_argument("--config", metavar="FILE", help="repeat a run from its config.json; other flags override it")
     args = parser.parse_args()

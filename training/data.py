@@ -66,7 +66,8 @@ class RunData:
             self.eval_names = range(len(self.test))
         self.classes, self.num_train, self.num_eval = self.train.classes, len(self.train), len(self.test)
         self.epoch_length = config.epoch_length(self.num_train)  # in images
-        self.eval_split = "validation" if config.val_fraction or config.dataset == "imagenet" else "test"
+        is_test = not self.is_folder or find_split(config, "test", self.eval_splits).name == "test"
+        self.eval_split = "test" if is_test and not config.val_fraction else "validation"
 
         source = "patterns" if config.dataset == "patterns" else config.data_dir
         training = "" if config.eval else f"{self.num_train} training and "
@@ -74,7 +75,7 @@ class RunData:
         print0(f"{source}: {images}; {config.model}, {device}")
         if config.eval and config.val_fraction:
             same = "the same --val-fraction, --seed, and files"
-            print0(f"note: the model has not seen these images only if it was trained with {same}")
+            print0(f"note: these images are new to the model only if it was trained with {same}")
 
     def eval_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All evaluation images once, over all processes: pixels in 0..255 (b 3 H W), labels (b), and indices (b)."""
@@ -82,7 +83,7 @@ class RunData:
 
     @cached_property
     def sample_images(self) -> Tensor:
-        """Evaluation images on which the heads are measured, normalized: evenly spaced, so of all classes."""
+        """Evaluation images on which the heads are measured, normalized: evenly spaced."""
         count = len(self.test)
         indices = torch.linspace(0, count - 1, min(count, NUM_SAMPLES)).long()
         return normalize(torch.cat([images for images, *_ in self._load_test(indices)]))
@@ -96,8 +97,11 @@ class InMemoryData(RunData):
         if self.is_folder:
             self.train, _ = decode(self.train, self.size, config)  # training sees all of the center
             self.test, self.eval_names = decode(self.test, self.size, config, self.crop_pct)
-        for image_set in (self.train, self.test):
-            image_set.images, image_set.labels = image_set.images.to(device), image_set.labels.to(device)
+        try:
+            for image_set in (self.train, self.test):
+                image_set.images, image_set.labels = image_set.images.to(device), image_set.labels.to(device)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the images do not fit into the memory of {device}: use train_imagenet.py") from error
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels in 0..255 (b 3 H W) and labels (b) of this process, for every step of an epoch from `first_step`."""
@@ -124,6 +128,8 @@ def split_sets(config, load: Callable[[str], ImageSet]) -> tuple[ImageSet, Image
         raise UserError(f"the images of {config.data_dir} have a single class, {train.classes[0]}; two are needed")
     if config.val_fraction:
         train, test = map(train.select, split_train_val(train.labels, config.val_fraction, config.seed))
+        if untrained := {train.classes[label] for label in set(test.labels.tolist()) - set(train.labels.tolist())}:
+            print0(f"note: --val-fraction leaves no training images of {list_names(untrained)}")
     else:
         test = load("test")
         if missing := set(train.classes) - set(test.classes):
@@ -154,7 +160,7 @@ def infer_dataset(data_dir: str, default_dir: str) -> str:
 
 
 def load_files(config, eval_splits: tuple[str, ...], split: str) -> ImageSet:
-    """The files of the "train" or the "test" images in --data-dir. Raises UserError, saying what to do, without any."""
+    """The files of the "train" or the "test" images in --data-dir. Raises UserError, with advice, if there are none."""
     tree = find_images(find_split(config, split, eval_splits))
     files = [file for files in tree.values() for file in files]
     labels = [label for label, files in enumerate(tree.values()) for _ in files]
@@ -243,7 +249,7 @@ def stratified_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def split_train_val(labels: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Sorted indices for training, and of a random fraction of every class for validation.
+    """Sorted indices of the training images, and of the validation images: a random fraction of every class.
 
     Raises UserError if no training image is left.
     """

@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,42 +70,55 @@ def evaluate_weights(config, load_data: Callable):
     The images are preprocessed as the weights file records, and matched with its classes by name. Raises UserError if
     that is not possible.
     """
-    device = distributed.init(config.device)
+    device, folder = distributed.init(config.device), Path(config.run)
+    provenance = checkpoint.provenance(device)
     try:
         model = open_model(config.weights).to(device)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     config.model = infer_model(model.state_dict())[0] or model.name
     config.img_size = config.img_size or model.config.image_shape[0]
+    if config.img_size % model.config.patch_size:
+        raise UserError(f"--img-size {config.img_size} must be a multiple of the patch size, {model.config.patch_size}")
     data = load_data(config, device, model.crop_pct)
     label_map = match_classes(model, data.classes, config.weights).to(device)
     batches = ((images, label_map[labels], indices) for images, labels, indices in data.eval_batches())
+    distributed.from_rank0(partial(folder.mkdir, parents=True, exist_ok=True))  # fails before the evaluation, not after
     predictions = predict_all(model, batches, device, config.amp)
 
-    folder, classes, k = Path(config.run), model.classes, len(model.classes)
-    metrics, count = predictions.metrics(k), len(predictions.index)
+    metrics, count = predictions.metrics(len(model.classes)), len(predictions.index)
     scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-    print0(f"{config.weights}: {scores} ({count} {data.eval_split} images; report in {folder}/eval.json)")
-    if distributed.rank() > 0:
-        return
+    print0(f"{config.weights}: {scores} ({count} {data.eval_split} images)")
     report = {"weights": config.weights, "data_dir": config.data_dir, "split": data.eval_split, "images": count}
+    report |= metrics | {"provenance": provenance}
+    names = data.eval_names if config.csv else None
+    distributed.from_rank0(write_report, report, predictions, model.classes, folder, names)
+
+
+def write_report(
+    report: dict, predictions: Predictions, classes: list[str], folder: Path, names: Sequence | None = None
+):
+    """Write eval.json: the report, accuracy per class, and the confusion matrix; with names, eval.csv, a row per image.
+
+    `names` are those of the images. Raises OSError.
+    """
+    k = len(classes)
     cells = (predictions.label * k + predictions.predicted).long()
     confusion = cells.bincount(minlength=k * k).unflatten(0, (k, k))  # rows: labels, columns: predictions
     per_class = {
         name: {"images": total, "test_accuracy": 100 * correct / total if total else None}
         for name, total, correct in zip(classes, confusion.sum(1).tolist(), confusion.diag().tolist(), strict=True)
     }
-    report |= metrics | {"classes": per_class, "confusion": confusion.tolist()}
-    report |= {"provenance": checkpoint.provenance(device)}
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(folder / "eval.json", json.dumps(report, ensure_ascii=False) + "\n")
-    if config.csv:
-        with open(folder / "eval.csv", "w", newline="") as file:
+    report |= {"classes": per_class, "confusion": confusion.tolist()}
+    checkpoint.write_text(folder / "eval.json", json.dumps(report) + "\n")
+    if names is not None:
+        with open(folder / "eval.csv", "w", newline="", errors="surrogateescape") as file:
             rows = csv.writer(file)
             rows.writerow(["file", "class", "predicted", "probability", "loss"])
             for index, label, predicted, probability, loss, _ in zip(*map(Tensor.tolist, predictions), strict=True):
-                names = data.eval_names[int(index)], classes[int(label)], classes[int(predicted)]
-                rows.writerow([*names, f"{probability:.4f}", f"{loss:.4f}"])
+                cells = names[int(index)], classes[int(label)], classes[int(predicted)]
+                rows.writerow([*cells, f"{probability:.4f}", f"{loss:.4f}"])
+    print(f"The report is in {folder}/eval.json", flush=True)
 
 
 def match_classes(model: ConViT, classes: list[str], source: str) -> Tensor:

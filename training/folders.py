@@ -46,7 +46,8 @@ def find_split(config, split: str, eval_splits: tuple[str, ...]) -> Path:
         return root
     content = ", ".join(f"{name}/" for name in found) or "class folders"
     advice = "" if found and split == "train" else "; to evaluate on a part of each class, add --val-fraction 0.1"
-    raise UserError(f"{root} contains {content}, but no {' or '.join(names)}/{advice}")
+    missing = " or ".join(f"{name}/" for name in names)
+    raise UserError(f"{root} contains {content}, but no {missing}{advice}")
 
 
 def find_images(folder: Path) -> dict[str, list[Path]]:

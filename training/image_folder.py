@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from training.data import InMemoryData, RunData, epoch_order, remedy, shard_batc
 from training.distributed import RankError
 
 ORIENTATION = 0x0112  # EXIF tag
-MAX_SKIPPED = 1000  # unreadable files in a row, as if a disk is gone
+MAX_SKIPPED = 1000  # unreadable files in a row before giving up: the disk is probably gone
 
 
 class ImageFolderDataset(Dataset):
@@ -33,11 +34,13 @@ class ImageFolderDataset(Dataset):
     def __init__(
         self, files: list[Path], labels: Tensor, size: int, rand_augment: int | None = None, crop_pct: float = 1.0
     ):
-        """`rand_augment` is the magnitude of RandAugment (0..10) for training; None for evaluation, on `crop_pct`."""
+        """`rand_augment` is the magnitude of RandAugment (1..10; 0: off) in training; None: evaluate on `crop_pct`."""
         self.files = np.array([os.fsencode(file) for file in files])  # a single block, shared by forked workers
         self.labels, self.size, self.rand_augment, self.crop_pct = labels, size, rand_augment, crop_pct
         if rand_augment is not None:
-            import torchvision.transforms  # noqa: F401  slow: once here, before workers are forked
+            from torchvision.transforms import RandAugment  # slow: once here, before workers are forked
+
+            self.augment = RandAugment(2, rand_augment, num_magnitude_bins=11)  # bins 0..10, so that 9 is DeiT's m9
 
     def __len__(self) -> int:
         return len(self.files)
@@ -62,11 +65,7 @@ class ImageFolderDataset(Dataset):
         if self.rand_augment is None:
             return load_crop(file, self.size, self.size, self.crop_pct)
         image = random_resized_crop(file, self.size)
-        if self.rand_augment > 0:  # bins 0..10, so that 9 is the m9 of DeiT's recipe
-            from torchvision.transforms import RandAugment
-
-            image = RandAugment(2, self.rand_augment, num_magnitude_bins=11)(image)
-        return to_tensor(image)
+        return to_tensor(self.augment(image) if self.rand_augment > 0 else image)
 
 
 class StreamedData(RunData):
@@ -76,9 +75,8 @@ class StreamedData(RunData):
 
     def __init__(self, config, device: torch.device, crop_pct: float | None = None):
         super().__init__(config, device, crop_pct)
-        train, test = self.train, self.test
-        self.train = ImageFolderDataset(train.images, train.labels, self.size, config.rand_augment)
-        self.test = ImageFolderDataset(test.images, test.labels, self.size, crop_pct=self.crop_pct)
+        self.train = ImageFolderDataset(self.train.images, self.train.labels, self.size, config.rand_augment)
+        self.test = ImageFolderDataset(self.test.images, self.test.labels, self.size, crop_pct=self.crop_pct)
         self.reported = set()  # errors
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -109,10 +107,11 @@ class StreamedData(RunData):
             bad = set(filter(None, errors))
             if bad and (not config.skip_bad_images or -1 in tensors[1]):
                 then = "rerun" if config.eval else rerun(Path(config.run))
-                hint = "" if config.skip_bad_images else ", which names all of them"
+                hint = "" if config.skip_bad_images else ", which names those that it meets"
                 raise RankError(f"{min(bad)}: {remedy(config)}{hint}; then {then}")
             for error in bad - self.reported:
-                tqdm.write(f"{error}; {'the next one replaces it' if dataset is self.train else 'it is left out'}")
+                fate = "the next one replaces it" if dataset is self.train else "it is left out"
+                tqdm.write(f"{error}; {fate}", file=sys.stderr)  # unbuffered, so that abort does not lose it
             self.reported |= bad
             if bad and dataset is self.test:
                 tensors = [tensor[[not error for error in errors]] for tensor in tensors]
@@ -152,10 +151,5 @@ def decode_crop(file: str | Path, size: int) -> tuple[Image.Image, tuple[float, 
 
 def _defer_signals(_):
     """Workers ignore SIGINT and delay SIGTERM by 60 s, so that the main process can finish and save its step."""
-
-    def terminate_later(number: int, _):
-        signal.alarm(60)
-        signal.signal(number, signal.SIG_DFL)
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, terminate_later)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # also if it comes twice, as from torchrun

@@ -11,12 +11,12 @@ def learning_rate(
     step: int, total_steps: int, warmup_steps: int, peak_lr: float, start_lr: float = 1e-6, end_lr: float = 1e-5
 ) -> float:
     """Learning rate of step 0 .. total_steps - 1: linear warm-up, then a half cosine (the recipe of DeiT)."""
+    start_lr, end_lr = min(start_lr, peak_lr), min(end_lr, peak_lr)
     # 1. warm up from start_lr; the first step after it has peak_lr
     if step < warmup_steps:
         return start_lr + (peak_lr - start_lr) * step / warmup_steps
     # 2. decay to end_lr at the last step
     progress = (step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1)
-    end_lr = min(end_lr, peak_lr)
     return end_lr + (peak_lr - end_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
 
 

@@ -20,9 +20,8 @@ def plot_curves(metrics: list[dict], eval_split: str = "test") -> Figure:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     epochs = [record["epoch"] for record in metrics]
-    loss.plot(
-        epochs[1:], [record["train_loss"] for record in metrics[1:]], label="training (augmented, smoothed labels)"
-    )
+    train_loss = [record["train_loss"] for record in metrics[1:]]
+    loss.plot(epochs[1:], train_loss, label="training (augmented, smoothed labels)")
     loss.plot(epochs, [record["test_loss"] for record in metrics], label=eval_split)
     loss.set(xlabel="epoch", ylabel="cross-entropy")
     loss.legend(frameon=False)

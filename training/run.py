@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -246,7 +247,7 @@ class Run:
         record = {name: component.state_dict() for name, component in self.components.items()}
         record |= {"config": dataclasses.asdict(self.config), "train_state": self.train_state}
         record |= checkpoint.model_metadata(self.components["model"], self.data.classes, self.data.crop_pct)
-        checkpoint.save(record, self.dir / "last.pt")
+        checkpoint.write(self.dir / "last.pt", partial(torch.save, record))
 
     def _plot(self, metrics: dict, is_final: bool):
         if is_final or time.monotonic() - self.last_plot > PLOT_INTERVAL:

@@ -16,10 +16,11 @@ from training.data import cifar_class
 from training.distributed import UserError
 from training.folders import SPLITS, find_images, find_split
 from training.patterns import patterns
-from viewer.limits import data_url, encode_image
+from viewer.limits import data_url, encode_image, load_upload
 
 PHOTOS = {"cheetah": "cheetah1.jpg", "lion": "lion.jpg", "bus": "bus.png", "tower": "tower.jpg"}  # part of Gradio
 MAX_EXAMPLES = 6
+THUMBNAIL_SIZE = 96  # pixels
 PATCH = 4  # pixels; the squares of the patterns are aligned with it
 
 
@@ -38,7 +39,8 @@ def load_examples(config: dict, run_dir: Path | None, classes: list[str]) -> dic
     if dataset == "patterns":
         return pattern_examples(classes)
     own = sorted(run_dir.glob("images/*.jpg")) if run_dir else []  # named after their classes
-    files = {file.stem: file for file in own} | {name: Path(get_image(file)) for name, file in PHOTOS.items()}
+    photos = {name: Path(get_image(file)) for name, file in PHOTOS.items()}
+    files = {file.stem: file for file in own} | photos
     with contextlib.suppress(UserError, RuntimeError):  # where the dataset is missing or damaged, photos remain
         if dataset in ("cifar10", "cifar100") and not own:
             test = cifar_class(dataset)(config["data_dir"], train=False)
@@ -48,8 +50,12 @@ def load_examples(config: dict, run_dir: Path | None, classes: list[str]) -> dic
         if dataset == "folder" and not own:
             split = find_split(SimpleNamespace(**config), "test", SPLITS[1:])
             files = {name: paths[0] for name, paths in find_images(split).items()}
-    shown = list(files.items())[:MAX_EXAMPLES]
-    return {name: Example(file.read_bytes(), name if name in classes else None) for name, file in shown}
+    examples = {}
+    for name, file in list(files.items())[:MAX_EXAMPLES]:
+        with contextlib.suppress(ValueError, OSError):  # unreadable, or larger than uploads may be
+            load_upload(file.read_bytes(), THUMBNAIL_SIZE)
+            examples[name] = Example(file.read_bytes(), name if name in classes else None)
+    return examples or {name: Example(file.read_bytes()) for name, file in photos.items()}
 
 
 def pattern_examples(classes: list[str]) -> dict[str, Example]:
@@ -68,5 +74,5 @@ def pattern_examples(classes: list[str]) -> dict[str, Example]:
 @functools.lru_cache(maxsize=16)
 def thumbnail(data: bytes) -> str:
     """A small version of an image file, as a data URL."""
-    small = center_crop(load_image(io.BytesIO(data)), 96, 96)
+    small = center_crop(load_image(io.BytesIO(data)), THUMBNAIL_SIZE, THUMBNAIL_SIZE)
     return data_url(encode_image(small, "JPEG", quality=85), "jpeg")

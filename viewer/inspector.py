@@ -24,7 +24,7 @@ from weights import open_model, snapshot_files
 
 DEMOS = {"patterns": "Find the match (synthetic)", "cifar10": "CIFAR-10 photos"}  # folder in demo/: title
 DISPLAY_SIZE = 384  # maximum side of a displayed image, in pixels
-CACHE_BYTES = 2**26  # content maps of a model kept in memory: about 15 images of a demo, with all snapshots
+CACHE_BYTES = 2**26  # content maps of a model kept in memory: about 30 images of demo/patterns, with all snapshots
 TOP_CLASSES = 4
 worker = ThreadPoolExecutor(1)
 

@@ -44,7 +44,7 @@ export function chart({ title, series, references = [], high, lastEpoch, cursor 
   return html`<figure><figcaption>${title}</figcaption><svg viewBox="0 0 ${WIDTH} ${HEIGHT}"
     data-last-epoch="${lastEpoch}" role="img" aria-label="${title} over epochs">
     ${yAxis}${xAxis}${references.map(({ value }) => horizontal("reference", value))}${curves}
-    ${cursor === null ? "" : line("cursor", x(cursor), TOP, x(cursor), BOTTOM)}${labels}
+    ${line("cursor", x(cursor), TOP, x(cursor), BOTTOM)}${labels}
     </svg></figure>`;
 }
 

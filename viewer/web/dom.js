@@ -5,7 +5,7 @@ export const find = (selector) => viewer.querySelector(selector);
 export const findAll = (selector) => [...viewer.querySelectorAll(selector)];
 export const on = (selector, type, handler) => find(selector).addEventListener(type, handler);
 
-// Handle clicks on elements that are there now or later: with their data attributes.
+// Handle clicks on matching elements, also on those added later; it gets their data attributes.
 export const onClick = (selector, handler) => viewer.addEventListener("click", (event) => {
   const target = event.target.closest(selector);
   if (target) handler(target.dataset, event);

@@ -16,7 +16,8 @@ export function drawHeads() {
   const [number, isGated] = [state.layer + 1, hasGates()];
   render(".heads-title", `The ${allHeads().length} heads of layer ${number}`);
   render(".heads-hint", isGated
-    ? "Laid out as the taps of a convolution kernel; arrows show where heads look before training."
+    ? `Laid out as the taps of a convolution kernel${state.model.epochs[0] === 0
+      ? "; arrows show where heads look before training" : ""}.`
     : `Layer ${number} is plain self-attention: its heads have no gate and no position map.`);
   find(".heads").style.gridTemplateColumns = `repeat(${kernelColumns}, minmax(0, 1fr))`;
   render(".heads", allHeads().map((tap) => {
@@ -36,15 +37,17 @@ export function drawHeads() {
       ${isGated ? html`<label class="gate"><input type="range" min="0" max="1" step="0.01"
         value="${gate}" aria-label="gate of head ${head + 1}" aria-valuetext="${label}, ${side}"
         ><output>${label}</output></label>` : ""}
-      <div class="head-distance">looks <span class="distance">${distance}</span> patches far,
+      <div class="head-distance">looks <span class="distance">${distance}</span> patches away,
         max <span class="maximum">0</span></div></div>`;
   }));
 }
 
-// Where a head looks before training: the center of its position map.
+// Where a head looks before training, if that is known: the center of its position map.
 function arrowOfStart(head) {
+  if (state.model.epochs[0] !== 0) return "";
   const [x, y, curvature] = state.model.v_pos[0][state.layer][head];
-  const [right, down] = [x, y].map((slope) => Math.sign(Math.round(slope / (-2 * curvature))) || 0);
+  const [right, down] = [x, y].map((slope) => slope / (-2 * curvature))
+    .map((center) => (Math.abs(center) > 0.25 ? Math.sign(center) : 0));
   const words = [["up", "", "down"][down + 1], ["left", "", "right"][right + 1]].filter(Boolean);
   const place = words.join(" and ") || "at the patch itself";
   return html`<span class="arrow" role="img" title="before training, it looks ${place}"
@@ -76,26 +79,29 @@ export function drawMaps(allMaps) {
 
 // The gates of all layers as rows of cells. The Tab key reaches only the selected one.
 export function drawHeatmap() {
-  const heads = allHeads();
+  const [heads, gated, depth] = [allHeads(), gatedLayers(), allLayers().length];
+  const tabLayer = hasGates() ? state.layer : gated[0];
   find(".gate-heatmap").style.gridTemplateColumns = `auto repeat(${heads.length}, minmax(0, 1fr))`;
   const cell = (layer, head) => {
     const gate = gateOf(layer, head);
     const isCurrent = layer === state.layer;
     const title = `layer ${layer + 1}, head ${head + 1}: gate ${gate.toFixed(2)}`;
     return html`<button class="cell ${isCurrent ? "current-layer" : ""}" data-layer="${layer}"
-      data-cell="${head}" tabindex="${isCurrent && head === state.head ? 0 : -1}"
+      data-cell="${head}" tabindex="${layer === tabLayer && head === state.head ? 0 : -1}"
       style="background: ${gateColor(gate)}" title="${title}" aria-label="${title}"></button>`;
   };
-  render(".gate-heatmap", html`<span>head</span>
+  find(".gate-scale").hidden = gated.length === 0;
+  render(".gate-heatmap", gated.length === 0 ? "" : html`<span>head</span>
     ${heads.map((head) => html`<span>${head + 1}</span>`)}
-    ${gatedLayers().map((layer) => html`<span>layer ${layer + 1}</span>
+    ${gated.map((layer) => html`<span>layer ${layer + 1}</span>
       ${heads.map((head) => cell(layer, head))}`)}`);
-  const gates = gatedLayers().flatMap((layer) => heads.map((head) => gateOf(layer, head)));
-  const [gated, depth] = [gatedLayers().length, allLayers().length];
-  render(".heatmap-summary", gated === 0
+  const gates = gated.flatMap((layer) => heads.map((head) => gateOf(layer, head)));
+  const others = { 0: "", 1: ` Layer ${depth} has no gates.` }[depth - gated.length]
+    ?? ` Layers ${gated.length + 1} to ${depth} have no gates.`;
+  render(".heatmap-summary", gated.length === 0
     ? "This model is a plain ViT: no head has a gate or a position map, only content maps."
     : `${gates.filter((gate) => gate < 0.5).length} of ${gates.length} gates are below 0.5.`
-      + (gated < depth ? ` Layers ${gated + 1} to ${depth} have no gates.` : ""));
+      + others);
 }
 
 // The head that a card, a curve, or a cell stands for; null in another layer.
@@ -103,7 +109,7 @@ export function headOf({ dataset: { head, curve, cell, layer = state.layer } }) 
   return Number(layer) === state.layer ? Number(head ?? curve ?? cell) : null;
 }
 
-// Highlight the hovered head, or else the selected one, in the cards, the curves, and the heatmap.
+// Highlight the hovered head, or else the selected one; in the cards, both.
 export function drawSelection(hovered = null) {
   for (const node of findAll("[data-head], [data-curve], [data-cell]")) {
     const head = headOf(node);

@@ -1,11 +1,12 @@
 // The large image: where the query patch looks, by one head, as lines and an overlay.
 
 import { find } from "./dom.js";
-import { massThreshold, scaleOf } from "./maps.js";
+import { clamp, massThreshold, scaleOf } from "./maps.js";
 import { currentExample, KINDS, numPatches, placeOf, shownKind, state } from "./state.js";
 
 // brighter than in page.css: on images
-export const POSITION = [255, 140, 26], CONTENT = [74, 144, 255];
+export const POSITION = [255, 140, 26];
+const CONTENT = [74, 144, 255];
 export const SIZE = 640; // pixels of the longer side
 const LINE_WIDTH = 36; // of attention weight 1
 const ANIMATION_MS = 600;
@@ -13,7 +14,7 @@ const ANIMATION_MS = 600;
 // Pixels per patch of an image whose longer side has at most this size.
 export const patchSide = (size) => Math.floor(size / Math.max(...state.model.grid)) || 1;
 
-const sharpen = (share) => Math.min(1, Math.max(0, 2.5 * share - 0.75)); // halves would look gray
+const sharpen = (share) => clamp(2.5 * share - 0.75, 0, 1); // halves would look gray
 
 // Orange, blue, or in between: which part of the weight comes from the position map.
 export function hueOf(maps, kind, key) {
@@ -60,7 +61,6 @@ function paint(maps) {
   const side = patchSide(SIZE);
   const cornerOf = (key) => placeOf(key).map((index) => index * side);
   const opacity = option("opacity");
-  context.globalAlpha = 1;
   context.drawImage(bitmap, 0, 0);
   context.globalAlpha = opacity;
   context.fillStyle = "rgb(12, 14, 24)"; // a veil, lifted where the patch looks

@@ -44,7 +44,7 @@ export function drawKernel() {
   render(".kernel-sliders", SLIDERS.map(([name, label, min, max]) => html`<label>${label}
     <output class="${name}-value">${kernel[name].toFixed(2)}</output>
     <input class="${name}" type="range" min="${min}" max="${max}" step="0.05"
-      value="${kernel[name]}"></label>`));
+      value="${kernel[name]}" aria-label="${label}"></label>`));
   const numbers = [slopeX, slopeY, curvature].map((value) => value.toFixed(2)).join(", ");
   render(".v-pos", `v_pos = α · (2 Δx, 2 Δy, −1) = (${numbers})`);
   const [rows, columns] = state.model.grid;

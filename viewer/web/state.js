@@ -1,4 +1,4 @@
-// The state of the page, and what derives from it. All other modules read it; view.js changes it.
+// The state of the page, and what derives from it. Mostly, view.js changes it.
 
 import { storage } from "./dom.js";
 import { axisAttention, clamp, contentMap, mean, positionMap, sum } from "./maps.js";
@@ -88,7 +88,7 @@ export function attentionToTarget(query, snapshot) {
 }
 
 // Mean attention distance of a head in patches, over all query patches (Eq. 8 of the paper).
-// Without headMaps, which would take ten times as long, at every change of a gate.
+// Without headMaps, which would take ten times as long: this runs at every change of a gate.
 export function meanDistance(head, snapshot = state.snapshot) {
   const { bytes, peak, vPos: [slopeX, slopeY, curvature], gate } = partsOf(head, snapshot);
   const [[rows, columns], count] = [state.model.grid, numPatches()];
@@ -105,5 +105,5 @@ export function meanDistance(head, snapshot = state.snapshot) {
       mass += weight;
     }
     return distance / mass;
-  }));
+  }).filter(Number.isFinite)); // a row of weights far below the peak is all zeros
 }

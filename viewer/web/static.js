@@ -1,5 +1,7 @@
-// Replaces the functions of app.py on a site without a server: files that
-// `python -m viewer.publish` has written, gzipped JSON under a name that hosts do not decompress.
+// Stands in for app.py on a site without a server: reads the files that `python -m viewer.publish`
+// wrote, gzipped JSON named .bin, so that hosts do not decompress it.
+
+import { lastSnapshot } from "./state.js";
 
 const NEEDS_MODEL = { error: "The prediction with these gates needs the model itself: run "
   + "“python app.py” in a clone of the convit-min repository." };
@@ -13,20 +15,15 @@ export function staticServer(base, first) {
     return new Response(body.pipeThrough(new DecompressionStream("gzip"))).json();
   }
 
-  let last; // snapshot of the model on display
   return {
-    async describe({ model }) {
-      const description = await load(model, "model");
-      last = description.epochs?.length - 1;
-      return description;
-    },
+    describe: ({ model }) => load(model, "model"),
     prepare_image: ({ model, example }) => load(model, example),
     layer_maps: ({ model, pixels: name, layer }) => load(model, `${name}-${layer}`),
     // only for the last snapshot, with all gates at 0 or all at 1
     async recompute({ model, pixels: name, layer, snapshot, gates }) {
       const pin = [0, 1].find((value) => gates.every((heads) =>
         heads === null || heads.every((gate) => gate === value)));
-      if (snapshot !== last || pin === undefined) return NEEDS_MODEL;
+      if (snapshot !== lastSnapshot() || pin === undefined) return NEEDS_MODEL;
       return load(model, `${name}-${layer}-${pin}`);
     },
   };

@@ -56,8 +56,8 @@ export function drawStory() {
     ${hasGates() ? html`<div class="meter" style="--gate: ${100 * gate}%">
       <div class="meter-bar"></div> <span class="position">position ${percent(gate)}</span>
       <span class="content">content ${percent(1 - gate)}</span></div>` : ""}
-    <p class="hint">Mean attention distance ${meanDistance(head).toFixed(1)} patches: how far it
-      looks, on average over all patches of this image.</p>`);
+    <p class="hint">Mean attention distance: ${meanDistance(head).toFixed(1)} patches. This is how
+      far the head looks, averaged over all patches of this image.</p>`);
   find(".pins").disabled = gatedLayers().length === 0;
   const scopes = [["model", "all layers", gatedLayers()], ["layer", "this layer", [layer]]];
   render(".pin-buttons", scopes.map(([scope, name, layers]) => html`<div role="group"
@@ -117,7 +117,7 @@ function reach() {
       + `texture of the same color${since(share)}.`;
   }
   const distance = (snapshot) => meanDistance(state.head, snapshot).toFixed(1);
-  return `On average, ${name} looks ${distance(state.snapshot)} patches far${since(distance)}.`;
+  return `On average, ${name} looks ${distance(state.snapshot)} patches away${since(distance)}.`;
 }
 
 // What happens in this layer, as a headline and details.
@@ -125,14 +125,14 @@ function caption() {
   const layer = `layer ${state.layer + 1}`;
   const epoch = currentEpoch();
   if (!hasGates()) {
-    return [`The heads of ${layer} have no gates: they look for content only.`, reach()];
+    return [`The heads of ${layer} have no gates: they attend by content only.`, reach()];
   }
   if (state.gates.size) return captionOfChangedGates(layer);
-  if (epoch === 0) {
+  const left = allHeads().filter((head) => gateOf(state.layer, head) < 0.5);
+  if (epoch === 0 && left.length === 0) {
     return [`Before training, every head of ${layer} looks mostly near the framed patch.`,
       `${reach()} Press “Play training” to see which heads leave.`];
   }
-  const left = allHeads().filter((head) => gateOf(state.layer, head) < 0.5);
   const status = left.length === 0 ? `all heads of ${layer} still look at neighbors`
     : `${listHeads(left)} of ${layer} attend${left.length > 1 ? "" : "s"} more by content than by `
       + "position";
@@ -190,7 +190,7 @@ function facts() {
   const left = final.filter((value) => value < 0.5).length;
   const { content, position } = masking.masked_in_first_layers ?? {};
   return [
-    `Model: ${name}; ${gatedLayers().length} layers with gates, ${allHeads().length} heads each, `
+    `Model: ${name}; layers with gates: ${gatedLayers().length}, ${allHeads().length} heads each, `
       + `${grid[0]} × ${grid[1]} patches, ${classes.length} classes.`,
     final.length && `${left} of ${final.length} heads end with a gate below 0.5.`,
     content && `Test accuracy ${content[0].toFixed(1)}%; with all gates pinned to position `

@@ -16,7 +16,6 @@ function show(index) {
   });
   render(".tour-count", `${index + 1} of ${steps.length}`);
   render(".tour-next", index === steps.length - 1 ? "Done" : "Next");
-  find(".tour-back").disabled = index === 0;
   if (isMove) find(".tour-target").scrollIntoView({ block: "nearest" });
 }
 
@@ -24,6 +23,7 @@ export function openTour() {
   showTab("watch");
   find(".tour").hidden = false;
   show(0);
+  find(".tour-next").focus({ preventScroll: true });
 }
 
 function close() {
@@ -37,10 +37,7 @@ function close() {
 export function bindTour() {
   const next = () => (steps[current + 1] ? show(current + 1) : close());
   const back = () => show(Math.max(current - 1, 0));
-  onClick(".open-tour", () => {
-    openTour();
-    find(".tour-next").focus();
-  });
+  onClick(".open-tour", openTour);
   onClick(".tour-next", next);
   onClick(".tour-back", back);
   onClick(".tour-skip", close);

@@ -7,12 +7,14 @@ import { ask, draw, drawModel, navigate, setModel, showModel } from "./view.js";
 let pollTimer = null;
 // last epoch shown of the session's run; after the first one, the user may select another model
 let shownEpoch = -1;
+let isFollowed = false; // the user has started a run here
 
 export function bindTraining() {
   onClick(".train", async () => {
     // the new run replaces the session's earlier one
     if (isOwn()) await showModel(state.model.models[0].key);
     shownEpoch = -1;
+    isFollowed = true;
     train("start");
   });
   onClick(".train-stop", () => train("stop"));
@@ -29,8 +31,8 @@ async function train(action) {
   state.hasOwn = epoch >= 0;
   state.stopped = phase === "done";
   showStatus(status, busy);
-  if (epoch > shownEpoch && (isOwn() || (busy && shownEpoch < 0))) {
-    const shown = isOwn() ? await loadNewSnapshots() : await showModel(SESSION);
+  if (epoch > shownEpoch && (isOwn() || (isFollowed && busy && shownEpoch < 0))) {
+    const shown = isOwn() ? await loadNewSnapshots() : await showModel(SESSION, "");
     if (shown) shownEpoch = epoch; // else retried in a second
   }
   drawModel();
@@ -63,9 +65,10 @@ function showStatus({ state: phase, position, epoch, epochs, seconds_left: secon
 // Load what a run in progress has written since; a view of its last snapshot moves to the new last
 // one. False: try again.
 export async function loadNewSnapshots() {
-  const { key, maps, model, snapshot } = state;
+  const { key } = state;
   const answer = await ask("describe", {}, false);
-  if (!answer || key !== state.key) return false;
+  const { maps, model, snapshot } = state;
+  if (!answer || key !== state.key || !maps) return false;
   const last = answer.epochs.length - 1;
   if (last === maps.length - 1
     && answer.curves?.epochs.length === model.curves?.epochs.length) return true;

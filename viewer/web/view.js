@@ -31,6 +31,7 @@ let pending = {}; // changes that wait for answers
 // a promise; `query: null` is the patch that tells most.
 export async function navigate(changes) {
   const id = ++latest.view;
+  render(".error", ""); // of an earlier request
   Object.assign(pending, changes);
   const image = await (pending.image ?? state.image);
   if (id !== latest.view) return; // superseded
@@ -152,7 +153,6 @@ export function draw() {
   render(".epoch", currentEpoch() ?? "");
   find(".snapshot").value = state.snapshot;
   find(".snapshot").ariaValueText = `epoch ${currentEpoch()}`;
-  find(".step").disabled = state.snapshot === lastSnapshot();
   render(".hero-title",
     `Where the framed patch looks: layer ${state.layer + 1}, head ${state.head + 1}`);
   for (const part of [drawModel, drawHeads, drawHeatmap, drawQuery, drawPrediction, drawStory,
@@ -218,7 +218,7 @@ export function showTab(name) {
 
 let playTimer = null;
 
-export function stop() {
+function stop() {
   clearInterval(playTimer);
   playTimer = null;
   render(".play", "▶ Play training");
