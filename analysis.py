@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convit_min import ConViT, HeadAttention
-from images import preprocess
+from images import load_crop, normalize
 
 MAP_ELEMENTS = 2**20  # of one head that `head_statistics` holds in memory at once
 
@@ -59,8 +59,7 @@ def non_locality(attention: HeadAttention, grid: tuple[int, int]) -> Tensor:
     The class token has no position: only attention between patches counts, renormalized to sum to 1.
     """
     distance = patch_distances(grid).to(attention.mixed)
-    num_extra = attention.mixed.shape[-1] - len(distance)
-    patches = attention.mixed[..., num_extra:, num_extra:]
+    patches = attention.mixed[..., -len(distance) :, -len(distance) :]  # without the class token
     return ((patches * distance).sum(-1) / patches.sum(-1)).mean(dim=(0, 2))
 
 
@@ -87,8 +86,8 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
     # here, since statistics do not need it; from pyplot, since notebooks display figures only after its import
     from matplotlib.pyplot import Figure, Rectangle
 
-    pixels = preprocess(model, image)
-    attention = model(pixels, return_attention=True)[1]
+    pixels = load_crop(image, *model.config.image_shape, model.crop_pct)
+    attention = model(normalize(pixels[None]), return_attention=True)[1]
     rows, columns = model.config.grid
     row, column = query or (rows // 2, columns // 2)
     check_index("layer", layer, 1, len(attention))
@@ -103,9 +102,8 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
     heads = range(model.config.num_heads) if head is None else [head - 1]
     figure = Figure(figsize=(1.4 * len(maps) + 1.6, 1.5 * len(heads)), layout="constrained")
     panels = figure.subplots(len(heads), len(maps) + 1, squeeze=False)
-    shown = (pixels[0] - pixels.min()) / (pixels.max() - pixels.min())
     for index, panel_row in zip(heads, panels, strict=True):
-        panel_row[0].imshow(shown.permute(1, 2, 0).numpy(), extent=(0, columns, rows, 0))
+        panel_row[0].imshow(pixels.permute(1, 2, 0).numpy(), extent=(0, columns, rows, 0))
         label = f"head {index + 1}" + (f"\ngate {gate[index]:.2f}" if position is not None else "")
         panel_row[0].set_ylabel(label, rotation=0, ha="right", va="center")
         for panel, (name, tensor) in zip(panel_row[1:], maps.items(), strict=True):

@@ -72,10 +72,11 @@ def load_image(file: str | Path | BinaryIO, min_size: int = MIN_SIZE) -> Image.I
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any image to 8-bit RGB: EXIF orientation applied, transparency on white.
 
-    Integers of more than 8 bits are reduced to their upper 8 of 16. Floats are taken to be in 0..1 if none reaches 2,
-    in 0..255 if none exceeds 255, and else in 0..65535. Values out of range are clipped; NaN is black.
+    Integers of more than 8 bits are taken to be in 0..65535. Floats are taken to be in 0..1 if all are below 2, in
+    0..255 if none exceeds 255, and otherwise in 0..65535. Values out of range are clipped; NaN is black.
     """
-    image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(SyntaxError):  # of Pillow, if the EXIF data are damaged
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16- or 32-bit integers, or floats
         pixels = np.asarray(image)
         peak = pixels.max(where=np.isfinite(pixels), initial=0)
@@ -99,8 +100,12 @@ def load_crop(image, height: int, width: int, crop_pct: float) -> Tensor:
         image = io.BytesIO(image)
     elif not isinstance(image, str | Path | Image.Image):
         raise ValueError("an image must be a path, the bytes of a file, a PIL image, or a uint8 array (H W, or H W 3)")
-    image = to_rgb(image) if isinstance(image, Image.Image) else load_image(image, decode_size(height, width))
-    return to_tensor(center_crop(image, height, width, crop_pct))
+    if not isinstance(image, Image.Image):
+        image = load_image(image, decode_size(height, width))
+    try:
+        return to_tensor(center_crop(to_rgb(image), height, width, crop_pct))
+    except OSError as error:  # Pillow decodes an opened file only now
+        raise ValueError(f"the image is truncated or damaged ({error})") from error
 
 
 def decode_size(height: int, width: int) -> int:

@@ -6,7 +6,7 @@ import unicodedata
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ def open_model(source: str | Path) -> ConViT:
     weights = read_weights(str(source))
     name, config = (Path(source).stem, weights.config) if weights.config else infer_model(weights.state)
     if config is None:
-        raise ValueError(f"{source} does not match any model in convit_min.MODELS")
+        raise ValueError(f"{source} has no classifier, or does not match any model in convit_min.MODELS")
     model = ConViT(config).eval()
     _load(model, weights, str(source))
     model.name, model.epoch, model.has_class_names = name, weights.epoch, bool(weights.classes)
@@ -75,14 +75,15 @@ def read_weights(source: str) -> Weights:
         path = str(files[-1])
     try:
         path = download(path) if is_url else path
-        if path.endswith(".safetensors"):
+        if path.partition("?")[0].endswith(".safetensors"):  # a URL may have parameters
             from safetensors.torch import load_file  # an optional dependency
 
             record = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # in the authors' training checkpoints
+            # in the authors' training checkpoints; Python 3.13 has renamed the second
+            harmless = [argparse.Namespace, (PosixPath, "pathlib.PosixPath")]
+            with torch.serialization.safe_globals(harmless):
                 record = torch.load(path, map_location="cpu", weights_only=True)
-        config = ConViTConfig(**record["model_config"]) if "model_config" in record else None
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {source}, and no released model of that name") from None
     except ImportError as error:
@@ -98,10 +99,14 @@ def read_weights(source: str) -> Weights:
         raise ValueError(f"{source} is damaged, or is not a PyTorch checkpoint") from error
 
     record = record if isinstance(record, dict) else {}
+    try:
+        config = ConViTConfig(**record["model_config"]) if "model_config" in record else None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} was written by another version of convit_min.py ({error})") from error
     nested = next((record[key] for key in STATE_DICT_KEYS if isinstance(record.get(key), dict)), record)
     tensors = {str(name): value for name, value in nested.items() if torch.is_tensor(value)}
     if not tensors:
-        raise ValueError(f"{source} contains no weights")
+        raise ValueError(f"{source} contains no weights, neither directly nor under {', '.join(STATE_DICT_KEYS)}")
     # DataParallel, torch.compile, Lightning, and others prefix all names of the model, and may add other tensors
     embeddings = [name for name in tensors if name.endswith(PATCH_EMBED)]
     if len(embeddings) > 1:
@@ -109,7 +114,7 @@ def read_weights(source: str) -> Weights:
     prefix = embeddings[0].removesuffix(PATCH_EMBED) if embeddings else ""
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     classes = [unicodedata.normalize("NFC", str(name)) for name in record.get("classes", [])] if config else []
-    epoch = record.get("epoch", record.get("train_state", {}).get("epoch"))  # the latter in last.pt
+    epoch = record["train_state"].get("epoch") if config and "train_state" in record else record.get("epoch")
     return Weights(state, config, classes, epoch if isinstance(epoch, int) else 0, record.get("crop_pct"))
 
 
@@ -132,12 +137,14 @@ def infer_model(state: dict[str, Tensor]) -> tuple[str | None, ConViTConfig | No
     try:
         dim, _, patch_size, _ = state[PATCH_EMBED].shape
         num_classes, side = state["head.weight"].shape[0], math.isqrt(state["pos_embed"].shape[1])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, IndexError):
         return None, None
+    depth, pool = sum(name.endswith("norm1.weight") for name in state), "token" if "cls_token" in state else "mean"
     heads = [value.numel() for name, value in state.items() if name.endswith("gating_param")]  # by GPSA layer
     for name, config in MODELS.items():
-        if (dim, patch_size, heads) == (config.dim, config.patch_size, [config.num_heads] * config.gpsa_layers):
-            return name, replace(config, num_classes=num_classes, img_size=side * patch_size)
+        shapes = config.dim, config.patch_size, config.depth, [config.num_heads] * config.gpsa_layers
+        if (dim, patch_size, depth, heads) == shapes:
+            return name, replace(config, num_classes=num_classes, img_size=side * patch_size, pool=pool)
     return None, None
 
 
@@ -159,7 +166,7 @@ def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = (
     if is_new_head:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
         new = {*new, "head"}
-    state = {key: value for key, value in expected.items() if {*key.split(".")} & {*new}} | state
+    state = {key: value for key, value in expected.items() if {key, *key.split(".")} & {*new}} | state
 
     mismatches = {
         "missing": expected.keys() - state.keys(),
@@ -173,7 +180,7 @@ def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = (
         raise ValueError(f"{source} does not match this model{actual}; {'; '.join(problems)}")
     model.load_state_dict(state)
     if is_new_head:
-        warnings.warn(f"{source} has other classes: its classifier is not loaded", stacklevel=3)
+        warnings.warn(f"{source} has other classes, or no classifier: the model keeps its own", stacklevel=3)
 
 
 def _adapt_pos_embed(state: dict[str, Tensor], grid: Grid | None, model: ConViT):
@@ -182,7 +189,7 @@ def _adapt_pos_embed(state: dict[str, Tensor], grid: Grid | None, model: ConViT)
     if pos_embed is None or pos_embed.ndim != 3:
         return
     num_rows = pos_embed.shape[1]
-    if grid is None:  # third-party files do not record the grid; theirs are square
+    if grid is None:  # third-party files do not record the grid; theirs is square, if it is not the model's
         is_same = num_rows == math.prod(model.config.grid)
         grid = model.config.grid if is_same else (math.isqrt(num_rows), math.isqrt(num_rows))
     if cls_token is not None and num_rows == math.prod(grid) + 1:  # DeiT
