@@ -4,8 +4,8 @@
     python -m experiments.exercises 3 8 --seeds 1   some of them
 
 The ```diff blocks of a section are applied to a copy of the code, in which the section's command runs. To add your own
-exercise, add a section. Rerun the same command to resume; an exercise that you have changed is trained again. Finished
-runs, table, and plot go to --out (results/reproduce/exercises/). The times exclude evaluation.
+exercise, add a section. Rerun the same command to resume; an exercise that you have changed is trained again. Runs,
+table, and plot go to --out (runs/exercises/). The times exclude evaluation.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.report import gpsa_heads, markdown, plot_seeds, save
-from experiments.sweep import CODE, WORK, Sweep, read_runs, run_main
+from experiments.sweep import CODE, Sweep, read_runs, run_main
 from train_cifar import Config
 from training.config import int_at_least
 from training.distributed import UserError
@@ -98,10 +98,9 @@ def train_exercises(numbers: list[int], seeds: int, data_dir: str, out: Path):
 
     def prepare(name: str) -> Path:
         print(exercise_of[name].title, flush=True)
-        return copy_code(exercise_of[name].diff, sweep.work / f"{name}.code")
+        return copy_code(exercise_of[name].diff, out / f"{name}.code")
 
-    sweep = Sweep(out / "runs.jsonl", WORK / "exercises")
-    sweep.train(lambda: plan, prepare)
+    Sweep(out).train(lambda: plan, prepare)
     write_results(exercises, out)
 
 
@@ -122,10 +121,10 @@ def write_results(exercises: dict[int, Exercise], out: Path):
         std = f" ± {stdev(accuracy):.1f} ({len(runs)})" if len(runs) > 1 else ""
         cells = [f"{mean(accuracy):.1f}{std}", f"{gate.mean():.2f}", f"{distance.mean():.2f}", f"{content_heads:.1f}"]
         rows.append([exercise.title, *cells])
-    config = shown[0]["config"]
+    config, steps = shown[0]["config"], shown[0]["metrics"][-1]["step"]
     notes = f"""\
 Accuracy (%) on the test images after the last step: mean ± std over seeds (n); one seed where there is no ±.
-All runs: `{config["model"]}`, {last[0]["step"]} steps of {config["batch_size"]} images, learning rate {config["lr"]:g}.
+The first: `{config["model"]}`, {steps} steps of {config["batch_size"]} images, learning rate {config["lr"]:g}.
 Heads of the GPSA layers, mean over seeds; non-locality: mean attention distance in patches."""
     header = ["exercise", "test accuracy", "mean gate", "non-locality", "content-dominated heads (gate < 0.5)"]
     figure = Figure(figsize=(7, 1 + 0.32 * len(rows)), layout="constrained")
@@ -141,7 +140,7 @@ def main():
     parser.add_argument("numbers", nargs="*", type=int, help="exercises to train (default: all)")
     parser.add_argument("--seeds", type=int_at_least(1), default=2, help="seeds per exercise (%(default)s)")
     parser.add_argument("--data-dir", default=Config.data_dir, help="see train_cifar.py (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("results/reproduce/exercises"), help="folder (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/exercises"), help="folder (%(default)s)")
     run_main(train_exercises, **vars(parser.parse_args()))
 
 

@@ -10,8 +10,8 @@ from itertools import product
 from pathlib import Path
 
 from experiments.sweep import Plan, Sweep, read_runs
+from train_cifar import Config
 
-DATA_DIR = "data/cifar10"
 RECIPE = "--steps-per-epoch 2500 --amp bf16 --batch-size 32"
 TUNING = "--seed 100 --val-fraction 0.1 --epochs 2 --warmup-epochs 0.2"
 FULL_LENGTH = "--epochs 4 --warmup-epochs 0.4"
@@ -35,12 +35,7 @@ PATTERN_ARMS = {
 }
 CONTRASTS = {  # sums of the accuracy of settings, with these signs
     "ConViT - plain ViT, 10%": {("convit", "10%"): 1, ("vit", "10%"): -1},
-    "lead on 10% - lead on 100%": {
-        ("convit", "10%"): 1,
-        ("vit", "10%"): -1,
-        ("convit", "100%"): -1,
-        ("vit", "100%"): 1,
-    },
+    "lead on 10% - on 100%": {("convit", "10%"): 1, ("vit", "10%"): -1, ("convit", "100%"): -1, ("vit", "100%"): 1},
     "ConViT - gates frozen at 0.5, 10%": {("convit", "10%"): 1, ("gates-0.5", "10%"): -1},
     "ConViT - gates frozen at 0.73, 10%": {("convit", "10%"): 1, ("gates-0.73", "10%"): -1},
 }
@@ -66,7 +61,7 @@ def tune_learning_rate(
     return best, learning_rates
 
 
-def make_plan(records: dict[str, dict], data_dir: str = DATA_DIR) -> Plan:
+def make_plan(records: dict[str, dict], data_dir: str = Config.data_dir) -> Plan:
     """All runs, the most important first. A run whose learning rate is not chosen yet has no flags."""
     plan, best_lr = {}, {}
 
@@ -92,11 +87,11 @@ def make_plan(records: dict[str, dict], data_dir: str = DATA_DIR) -> Plan:
     return plan
 
 
-def train(out: Path, work: Path, data_dir: str = DATA_DIR, list_only: bool = False):
-    """Train the missing runs into `out`/runs.jsonl, with one thread."""
-    file = out / "runs.jsonl"
+def train(out: Path, data_dir: str, list_only: bool):
+    """Train the missing runs, with one thread."""
+    sweep = Sweep(out)
     if list_only:
-        records = read_runs(file)
+        records = read_runs(sweep.file)
         for name, flags in make_plan(records, data_dir).items():
             print("done" if name in records else "todo" if flags else "wait", name, *flags)
         return
@@ -105,6 +100,6 @@ def train(out: Path, work: Path, data_dir: str = DATA_DIR, list_only: bool = Fal
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
     def trainable() -> Plan:
-        return {name: flags for name, flags in make_plan(read_runs(file), data_dir).items() if flags}
+        return {name: flags for name, flags in make_plan(read_runs(sweep.file), data_dir).items() if flags}
 
-    Sweep(file, work).train(trainable)
+    sweep.train(trainable)

@@ -29,9 +29,9 @@ LABELS = {
 }
 GRID_NOTES = f"""\
 Test accuracy after the last of 10,000 steps. A contrast is the mean difference between runs of the same seed, with a
-95% confidence interval and a paired t-test; Holm's method adjusts p for all planned contrasts. Settings are equivalent
-only if two one-sided tests reject a difference of {MARGIN} points or more. While pairs are missing, verdicts are
-preliminary."""
+95% confidence interval and a paired t-test; Holm's method adjusts p (but not the interval) for all planned contrasts.
+Settings are equivalent only if two one-sided tests reject a difference of {MARGIN} points or more. While pairs are
+missing, verdicts are preliminary."""
 Settings = dict[tuple[str, str], dict[int, list[dict]]]  # metrics by (model, data fraction) and seed
 
 
@@ -45,9 +45,10 @@ class Estimate(NamedTuple):
 
     def verdict(self, p_holm: float) -> str:
         """What the tests say, with an adjusted p."""
+        is_close = self.p_equivalence < 0.05
         if p_holm < 0.05:
-            return "different"
-        return f"equivalent within {MARGIN} points" if self.p_equivalence < 0.05 else "not told apart"
+            return f"different, by less than {MARGIN} points" if is_close else "different"
+        return f"equivalent within {MARGIN} points" if is_close else "not told apart"
 
 
 def estimate(values: list[float]) -> Estimate:
@@ -263,7 +264,7 @@ def compare(folder: Path, runs: list[Path]):
 
     table = markdown(["run", f"{images} accuracy after the last epoch (%)", "epochs", "mean gate", "command"], rows)
     summary = provenance_summary(records)
-    notes = f"One seed each; {'; '.join(summary['hardware'])}. Table and plot: `{summary['command']}`."
+    notes = f"{'; '.join(summary['hardware'])}. Table and plot: `{summary['command']}`."
     image = "![accuracy and mean gate over epochs](compare.png)"
     write_text(folder / "README.md", f"{table}\n\n{notes}\n\n{image}\n")
 

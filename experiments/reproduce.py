@@ -1,7 +1,7 @@
 """Compare ConViT with a plain ViT, as the paper does, and look into the heads of a single run.
 
-    python -m experiments.reproduce grid            train the missing runs of the grid: 20 hours of one CPU core
-    python -m experiments.reproduce report          write its tables, tests, and figures: results/evidence/README.md
+    python -m experiments.reproduce grid            train the grid: 20 to 40 hours of one CPU core
+    python -m experiments.reproduce report          write tables, tests, and figures of our grid, or of --out runs/grid
     python -m experiments.reproduce gates           draw Figs. 5 to 7 for demo/cifar10, or for a different --run
     python -m experiments.reproduce masking         repeat Tables 5 and 6 for such a run
     python -m experiments.reproduce compare DIR     write a table and a plot of the runs in DIR/runs.jsonl
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from experiments import grid, heads, report
-from experiments.sweep import CODE, WORK, run_main
+from experiments.sweep import CODE, run_main
 from train_cifar import Config
 from training.data import DATASETS
 
@@ -32,9 +32,8 @@ def main():
         command.add_argument("--out", type=Path, default=Path(out), help="folder to write (%(default)s)")
         return command
 
-    command = add_command("grid", grid.train, "train the missing runs of the grid", "results/evidence")
-    command.add_argument("--work", type=Path, default=WORK / "grid", help="folder of unfinished runs (%(default)s)")
-    command.add_argument("--data-dir", default=grid.DATA_DIR, help="CIFAR-10 (%(default)s)")
+    command = add_command("grid", grid.train, "train the missing runs of the grid", "runs/grid")
+    command.add_argument("--data-dir", default=Config.data_dir, help="see train_cifar.py (%(default)s)")
     command.add_argument("--list", action="store_true", dest="list_only", help="print the state and flags of all runs")
 
     add_command("report", report.write_grid, "tables, tests, and figures of the grid", "results/evidence")

@@ -1,8 +1,8 @@
-"""Train a sweep: many runs of train_cifar.py, each in its own process, with the finished ones in one JSONL file.
+"""Train a sweep: many runs of train_cifar.py, each in its own process and folder.
 
-A finished run is one line of runs.jsonl: name, config, provenance, and metrics. It is not trained again. An unfinished
-run is a folder in a work folder; rerunning the command resumes it. Several processes can train the same sweep at once,
-since a run is locked while it trains.
+A finished run is also a line of runs.jsonl, with its name, config, provenance, and metrics, and is not trained again.
+Rerunning the command resumes an unfinished one. Several processes can train the same sweep at once, since a run is
+locked while it trains.
 """
 
 import json
@@ -17,7 +17,6 @@ from analysis import read_json_lines, read_metrics
 from training.distributed import Stopped, UserError, abort
 
 CODE = Path(__file__).parent.parent
-WORK = Path("runs/sweeps")
 RESUME_HINT = "rerun the same command to resume"
 Plan = dict[str, list[str]]  # by name of a run: the flags of train_cifar.py, except for --run and --resume
 
@@ -34,14 +33,13 @@ def read_runs(file: Path) -> dict[str, dict]:
 
 
 class Sweep:
-    """Finished runs in `file`, unfinished ones in folders in `work`."""
+    """Runs in subfolders of `folder`, the finished ones also in its runs.jsonl."""
 
-    def __init__(self, file: Path, work: Path):
-        self.file, self.work = file, work
+    def __init__(self, folder: Path):
+        self.folder, self.file = folder, folder / "runs.jsonl"
 
     def append(self, record: dict):
         """Add a finished run to the file unless it is there. Atomic among processes."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "a+b") as file:
             lock(file.fileno())
             if record["name"] not in read_runs(self.file):
@@ -57,10 +55,10 @@ class Sweep:
     def train(self, get_plan: Callable[[], Plan], prepare: Callable[[str], Path] = lambda name: CODE):
         """Train all missing runs of a plan, which is made again after every run.
 
-        `prepare` returns the code folder that trains a run. Raises UserError if a run fails, and once it is saved after
-        a KeyboardInterrupt.
+        `prepare` returns the code folder that trains a run. Raises UserError if a run fails, or, after a
+        KeyboardInterrupt, once the run is saved.
         """
-        self.work.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         while missing := self.missing(get_plan()):
             name, run_lock = self._lock_one(list(missing))
             try:
@@ -74,7 +72,7 @@ class Sweep:
         """Lock the first run that no other process trains; if there is none, wait for the first of all."""
         for wait, candidates in ((False, names), (True, names[:1])):
             for name in candidates:
-                run_lock = os.open(self.work / f"{name}.lock", os.O_RDWR | os.O_CREAT)
+                run_lock = os.open(self.folder / f"{name}.lock", os.O_RDWR | os.O_CREAT)
                 try:
                     lock(run_lock, wait)
                     return name, run_lock
@@ -84,7 +82,7 @@ class Sweep:
 
     def _train(self, name: str, flags: list[str], code: Path, run_lock: int):
         """Train or resume a run and append it to the file."""
-        folder = self.work / name
+        folder = self.folder / name
         resume = ["--resume"] if (folder / "last.pt").exists() else []
         command = [sys.executable, str(code.resolve() / "train_cifar.py"), *flags, "--run", str(folder), *resume]
         # In its own session, the child gets a Ctrl-C only once, from here. It inherits the lock, and so keeps it even

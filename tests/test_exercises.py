@@ -117,7 +117,7 @@ def test_exercise_is_trained_with_its_diff_and_flags(tree, tmp_path, run_script,
         status, output = run_script(exercises, "1", *argv)
         assert status == 0, output
     assert (ROOT / "convit_min.py").read_text() == SOURCE  # only a copy is changed
-    (run,) = Path("runs/sweeps/exercises").glob("1-*-seed0")
+    (run,) = Path("mine").glob("1-*-seed0")
     initial = torch.load(run / "snapshots/epoch_0000.pt", weights_only=True)["model"]
     assert torch.all(initial["blocks.0.attn.gating_param"] == 0)
     assert not torch.equal(initial["blocks.0.attn.v.weight"], torch.eye(144).half())

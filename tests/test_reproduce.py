@@ -86,7 +86,7 @@ def train_runs(folder: Path, code: Path, plan: Plan):
     os.dup2(output, 2)
     os.setpgrp()
     sys.argv = ["sweep"]
-    run_main(Sweep(folder / "runs.jsonl", folder).train, get_plan=lambda: plan, prepare=lambda name: code)
+    run_main(Sweep(folder).train, get_plan=lambda: plan, prepare=lambda name: code)
 
 
 def start_sweep(folder: Path, code: Path, plan: Plan) -> multiprocessing.Process:
@@ -146,8 +146,8 @@ def test_signal_is_passed_on_once_and_the_run_is_saved(fake_code, tmp_path, numb
 
 def append_runs(file: Path, prefix: str):
     for index in range(20):
-        Sweep(file, file.parent).append({"name": f"{prefix}{index}", "padding": prefix * 20_000})
-        Sweep(file, file.parent).append({"name": f"shared{index}", "padding": ""})
+        Sweep(file.parent).append({"name": f"{prefix}{index}", "padding": prefix * 20_000})
+        Sweep(file.parent).append({"name": f"shared{index}", "padding": ""})
 
 
 def test_append_is_atomic(tmp_path):
@@ -170,7 +170,7 @@ def test_append_is_atomic(tmp_path):
 
 
 def test_sweep_refuses_what_it_cannot_train(fake_code, tmp_path, monkeypatch):
-    sweep = Sweep(tmp_path / "runs.jsonl", tmp_path)
+    sweep = Sweep(tmp_path)
 
     def refuses(plan: Plan, message: str):
         with pytest.raises(UserError, match=message):
@@ -235,7 +235,7 @@ def test_finished_runs_have_the_flags_of_the_plan(monkeypatch):
     records = read_runs(ROOT / "results/evidence/runs.jsonl")
     done = {name: flags for name, flags in grid.make_plan(records).items() if name in records}
     assert len(done) == len(records) > 6
-    elsewhere = {"run", "dataset", "device", "workers", "resume"}  # where it was trained, or inferred
+    elsewhere = {"run", "data_dir", "dataset", "device", "workers", "resume"}  # where it was trained, or inferred
     for name, flags in done.items():
         config, record = vars(parse(flags, monkeypatch)), records[name]["config"]
         same = {flag for flag in record if config[flag] == record[flag]}
@@ -250,11 +250,10 @@ def test_grid_command_trains_the_missing_runs(finished, fake_code, tmp_path, run
     monkeypatch.setattr("experiments.sweep.CODE", fake_code)
     missing = ["tune-convit-10%-lr0.0005", "convit-10%-seed3"]
     write_records({name: record for name, record in finished.items() if name not in missing}, tmp_path / "out")
-    argv = ["grid", "--out", tmp_path / "out", "--work", tmp_path / "work"]
+    argv = ["grid", "--out", tmp_path / "out", "--data-dir", "data/cifar10"]
     lines = run_script(reproduce, *argv, "--list")[1].splitlines()
     assert [line.split()[:2] for line in lines if line[:4] != "done"] == [["todo", missing[0]], ["wait", missing[1]]]
-    (tmp_path / "work").mkdir()
-    with open(tmp_path / "work" / f"{missing[0]}.lock", "w") as lock:
+    with open(tmp_path / "out" / f"{missing[0]}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as if another process trained it: the other run has to wait
         threading.Timer(0.3, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
         status, output = run_script(reproduce, *argv)
@@ -268,7 +267,7 @@ def test_grid_command_trains_the_missing_runs(finished, fake_code, tmp_path, run
         recipe = (
             "--steps-per-epoch 2500 --amp bf16 --batch-size 32 --data-dir data/cifar10 --data-fraction 0.1 --lr 0.0005"
         )
-        command = f"python train_cifar.py {recipe} {flags} --run {tmp_path / 'work' / name}"
+        command = f"python train_cifar.py {recipe} {flags} --run {tmp_path / 'out' / name}"
         assert records[name]["provenance"][0]["command"] == command
     assert len(records) == len(finished) and run_script(reproduce, *argv)[0] == 0  # nothing left to train
 
@@ -292,7 +291,9 @@ def test_estimate_equals_scipy(stats):
         assert found.p_equivalence == pytest.approx(max(one_sided))
     assert all(map(math.isnan, report.estimate([1.0])))
     close = report.estimate([0.1, -0.1, 0.2, -0.2, 0.01])
-    assert [close.verdict(p) for p in (0.04, 0.06)] == ["different", "equivalent within 1.5 points"]
+    verdicts = ["different, by less than 1.5 points", "equivalent within 1.5 points"]
+    assert [close.verdict(p) for p in (0.04, 0.06)] == verdicts
+    assert report.estimate([3, 3.1, 2.9]).verdict(0.04) == "different"
     assert report.estimate([1, 2, 3]).verdict(0.06) == "not told apart"
 
 
