@@ -72,12 +72,12 @@ def main():
     seconds = {name: duration / len(files) for name, duration in seconds.items()}  # per image
     lines = ["| one thread | ms per image | images/s |", "|---|---|---|"]
     lines += [f"| {name} | {1000 * duration:.3f} | {1 / duration:.0f} |" for name, duration in seconds.items()]
-    with_augment, without = (
+    ratios = [
         seconds[f"torchvision, in the worker{name}"] / seconds[f"ours, in the worker{name}"]
         for name in ("", ", without RandAugment")
-    )
-    ratios = f"{with_augment:.2f} times as fast as one with torchvision's transforms ({without:.2f} times without RandAugment)"
-    lines.append(f"\nOur worker is {ratios}, and leaves the flip and the normalization to the device.\n")
+    ]
+    lines.append("\nOur worker is {:.2f} times as fast as one with torchvision's transforms ({:.2f} times without "
+                 "RandAugment), and leaves the flip and the normalization to the device.\n".format(*ratios))  # fmt: skip
     write_results(args.out, "data_loading", header, "\n".join(lines), {"seconds": seconds})
 
 

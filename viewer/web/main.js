@@ -9,8 +9,8 @@ import { allHeads, changedGate, changedGates, gatedLayers, headMaps, isGrowing, 
 import { bindTour, openTour } from "./tour.js";
 import { bindTraining, loadNewSnapshots } from "./train.js";
 import { TRAINED, urlOf } from "./url.js";
-import { ask, drawQuery, moveQuery, navigate, nextSnapshot, pinGates, play, setGates, setLocked,
-  showExample, showFile, showModel, showSnapshot, showTab } from "./view.js";
+import { ask, drawQuery, moveQuery, navigate, nextSnapshot, pinGates, play, requested, setGates,
+  setLocked, showExample, showFile, showModel, showSnapshot, showTab } from "./view.js";
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
@@ -43,7 +43,7 @@ async function showUrl() {
 }
 
 function bindControls() {
-  onClick("[data-model]", ({ model }) => { if (model !== state.key) showModel(model); });
+  onClick("[data-model]", ({ model }) => { if (model !== requested) showModel(model); });
   onClick("[data-tab]", ({ tab }) => showTab(tab));
   bindArrows(".tabs", "[data-tab]", () => 0, (tab) => tab.click());
   onClick(".play", play);

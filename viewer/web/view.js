@@ -111,15 +111,18 @@ async function prepareImage(request) {
 }
 
 const left = new Map(); // how other models were left, as hashes
+export let requested = ""; // key of the model on display, or of the one that is loading
 
 // Show a model: what the hash contains, by default as it was left, and the rest as it opens. False
 // after an error.
 export async function showModel(key, hash = left.get(key) ?? "") {
-  stop();
   const id = ++latest.model;
+  requested = key;
   const description = await ask("describe", { model: key });
   if (id !== latest.model) return true; // superseded
+  requested = description?.key ?? state.key;
   if (!description) return false;
+  stop();
   if (state.maps) left.set(state.key, formatView());
   latest.view++; // pending requests and the maps belong to the previous model
   pending = {};
