@@ -77,7 +77,7 @@ def main():
         for name in ("", ", without RandAugment")
     ]
     lines.append("\nOur worker is {:.2f} times as fast as one with torchvision's transforms ({:.2f} times without "
-                 "RandAugment), and leaves the flip and the normalization to the device.\n".format(*ratios))  # fmt: skip
+                 "RandAugment), and leaves flip and normalization to the device.\n".format(*ratios))  # fmt: skip
     write_results(args.out, "data_loading", header, "\n".join(lines), {"seconds": seconds})
 
 
