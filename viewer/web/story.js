@@ -138,7 +138,7 @@ function caption() {
       + "position";
   if (state.snapshot === lastSnapshot() && !isGrowing()) {
     const invitation = left.length
-      ? " What if every head had to stay local? Pin all layers to position." : "";
+      ? " What if they had to stay? Pin all layers to position." : "";
     return [departure(left, layer) ?? `After training, ${status}.`, `${reach()}${invitation}`];
   }
   const before = state.model.epochs[state.snapshot - 1];
@@ -160,7 +160,7 @@ function departure(left, layer) {
   if (!left.includes(state.head) || !event) return null;
   const others = left.filter((head) => head !== state.head);
   const too = others.length
-    ? ` By epoch ${currentEpoch()}, ${listHeads(others)} had left, too.` : "";
+    ? ` So did ${listHeads(others)} by epoch ${currentEpoch()}.` : "";
   return `Head ${state.head + 1} of ${layer} left its neighbors in epoch ${event[0]}, when its `
     + `gate (the share of position) fell below 0.5.${too}`;
 }
