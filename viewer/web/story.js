@@ -138,7 +138,7 @@ function caption() {
       + "position";
   if (state.snapshot === lastSnapshot() && !isGrowing()) {
     const invitation = left.length
-      ? " What if they had to stay? Pin all layers to position." : "";
+      ? " What if they had to stay? Pin all to position." : "";
     return [departure(left, layer) ?? `After training, ${status}.`, `${reach()}${invitation}`];
   }
   const before = state.model.epochs[state.snapshot - 1];
