@@ -85,4 +85,4 @@ def test_data_loading_times_every_step(tmp_path, monkeypatch, capsys):
         Image.fromarray(pixels).save(tmp_path / "train" / name / "1.JPEG")
     run(data_loading, monkeypatch, tmp_path, "--out", tmp_path)
     seconds = json.loads((tmp_path / "data_loading.json").read_text())["seconds"]
-    assert len(seconds) == 9 and all(f"| {name} |" in (tmp_path / "data_loading.md").read_text() for name in seconds)
+    assert len(seconds) == 6 and all(f"| {name} |" in (tmp_path / "data_loading.md").read_text() for name in seconds)

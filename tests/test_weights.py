@@ -143,15 +143,15 @@ def test_other_number_of_classes_keeps_the_new_head(tmp_path):
     torch.save(perturb(ConViT(CONFIG)).state_dict(), tmp_path / "weights.pt")
     model = ConViT(ConViTConfig(**{**vars(CONFIG), "num_classes": 3}))
     head = model.head.weight.clone()
-    with pytest.warns(UserWarning, match="its classifier is not loaded"):
+    with pytest.warns(UserWarning, match="other classes, or no classifier: the model keeps its own"):
         load_weights(model, tmp_path / "weights.pt")
     assert torch.equal(model.head.weight, head)
     backbone = ConViT(ConViTConfig(**{**vars(CONFIG), "num_classes": 0}))
-    with pytest.warns(UserWarning, match="its classifier is not loaded"):
+    with pytest.warns(UserWarning, match="other classes, or no classifier: the model keeps its own"):
         load_weights(backbone, tmp_path / "weights.pt")
     assert backbone(torch.randn(1, 3, 20, 28)).shape == (1, 36)
     torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
-    with pytest.warns(UserWarning, match="its classifier is not loaded"):
+    with pytest.warns(UserWarning, match="other classes, or no classifier: the model keeps its own"):
         load_weights(model, tmp_path / "backbone.pt")
     assert torch.equal(model.head.weight, head)
 
@@ -231,7 +231,7 @@ def test_bad_files_give_one_sentence_and_execute_nothing(tmp_path):
     torch.save(model, tmp_path / "pickled")
     reasons = {
         "config": r"was written by another version of convit_min\.py \(.*layers",
-        "tensor": "contains no weights, neither directly nor under ema, ",
+        "list": "contains no weights, neither directly nor under ema, ",
         "pickled": "contains a pickled model or other objects: save its state_dict",
         "two": r"contains several models \(student\..*, teacher\..*\): save the state_dict of one",
         "whole.pt/file": "cannot be read: Not a directory",
