@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from einops import rearrange
 from gradio.media import get_image
 from PIL import Image
 
-from images import center_crop, load_image
+from images import MIN_SIZE, center_crop
 from training.data import cifar_class
 from training.distributed import UserError
 from training.folders import SPLITS, find_images, find_split
@@ -20,7 +19,6 @@ from viewer.limits import data_url, encode_image, load_upload
 
 PHOTOS = {"cheetah": "cheetah1.jpg", "lion": "lion.jpg", "bus": "bus.png", "tower": "tower.jpg"}  # part of Gradio
 MAX_EXAMPLES = 6
-THUMBNAIL_SIZE = 96  # pixels
 PATCH = 4  # pixels; the squares of the patterns are aligned with it
 
 
@@ -53,8 +51,8 @@ def load_examples(config: dict, run_dir: Path | None, classes: list[str]) -> dic
     examples = {}
     for name, file in list(files.items())[:MAX_EXAMPLES]:
         with contextlib.suppress(ValueError, OSError):  # unreadable, or larger than uploads may be
-            load_upload(file.read_bytes(), THUMBNAIL_SIZE)
-            examples[name] = Example(file.read_bytes(), name if name in classes else None)
+            thumbnail(data := file.read_bytes())  # cached for the page
+            examples[name] = Example(data, name if name in classes else None)
     return examples or {name: Example(file.read_bytes()) for name, file in photos.items()}
 
 
@@ -73,6 +71,6 @@ def pattern_examples(classes: list[str]) -> dict[str, Example]:
 
 @functools.lru_cache(maxsize=16)
 def thumbnail(data: bytes) -> str:
-    """A small version of an image file, as a data URL."""
-    small = center_crop(load_image(io.BytesIO(data)), THUMBNAIL_SIZE, THUMBNAIL_SIZE)
+    """A small version of an image file, as a data URL. Raises ValueError for what `load_upload` refuses."""
+    small = center_crop(load_upload(data, MIN_SIZE), 96, 96)
     return data_url(encode_image(small, "JPEG", quality=85), "jpeg")
