@@ -1,4 +1,4 @@
-"""The grid: which runs compare ConViT with a plain ViT on 10% and on all of CIFAR-10, and settings of the gates.
+"""The grid: the runs that compare ConViT with a plain ViT on 10% and on all of CIFAR-10, and with frozen gates.
 
 Runs with the same seed are paired: same images, in the same order, with the same augmentation. Each has 10,000 steps of
 32 images. The learning rate of each model and data fraction is chosen first, on a 10% validation split, with a separate
@@ -25,10 +25,9 @@ PATTERNS = "--dataset patterns --data-fraction 0.25 --epochs 20 --batch-size 32 
 PATTERN_SEEDS = range(3)
 PATTERN_ARMS = {
     "learned": "",
-    "vit": "--gpsa-layers 0",
+    "vit": MODELS["vit"],
+    **VARIANTS,
     "gates-1": "--gating frozen --gate-init 20",
-    "gates-0.73": "--gating frozen",
-    "gates-0.5": "--gating frozen --gate-init 0",
     "gate-lr-1": "--gate-lr-scale 1",
     "gates-1-lr0.0003": "--gating frozen --gate-init 20 --lr 0.0003",  # does gates-1 only fail to optimize?
     "gates-1-lr0.003": "--gating frozen --gate-init 20 --lr 0.003",
@@ -98,8 +97,4 @@ def train(out: Path, data_dir: str, list_only: bool):
     if hasattr(os, "nice"):  # Windows lacks it; there, Sweep says that it cannot train
         os.nice(10)
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-
-    def trainable() -> Plan:
-        return {name: flags for name, flags in make_plan(read_runs(sweep.file), data_dir).items() if flags}
-
-    sweep.train(trainable)
+    sweep.train(lambda: make_plan(read_runs(sweep.file), data_dir))

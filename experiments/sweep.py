@@ -48,9 +48,9 @@ class Sweep:
                 file.write(json.dumps(record).encode() + b"\n")
 
     def missing(self, plan: Plan) -> Plan:
-        """The unfinished runs of a plan."""
+        """The unfinished runs of a plan that can start: a run without flags waits for others."""
         finished = read_runs(self.file)
-        return {name: flags for name, flags in plan.items() if name not in finished}
+        return {name: flags for name, flags in plan.items() if flags and name not in finished}
 
     def train(self, get_plan: Callable[[], Plan], prepare: Callable[[str], Path] = lambda name: CODE):
         """Train all missing runs of a plan, which is made again after every run.

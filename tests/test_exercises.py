@@ -1,6 +1,7 @@
 """docs/exercises.md: every change does what its text says, and experiments.exercises trains it."""
 
 import json
+import math
 import re
 import sys
 import types
@@ -93,6 +94,18 @@ def test_numbers_in_the_text_are_those_of_the_runs(number):
     section = re.split(r"^## \d+\. ", TEXT, flags=re.MULTILINE)[1 + list(EXERCISES).index(number)]
     percent = re.sub(r" \((\d+)\)%$", r"% (\1 seeds)", f"{mean_std}%")
     assert f"</summary>\n\n{percent}, mean gate {mean_gate}" in section
+
+
+def test_wide_heads_of_exercise_4():
+    """Distance and strength of the heads above and below the query patch, in layers 3 to 5."""
+    heads = read_runs(RESULTS / "runs.jsonl")[f"{EXERCISES[4].key}-seed0"]["metrics"][-1]["heads"]
+    distances, strengths = (
+        [value(heads[name][layer][head]) for layer in (2, 3, 4) for head in (3, 5)]
+        for name, value in (("center", lambda center: math.hypot(*center)), ("strength", float))
+    )
+    text = " ".join(TEXT.split())
+    assert f"to a distance of {min(distances):.1f} to {max(distances):.1f} patches" in text
+    assert f"(strength {min(strengths):.2f} to {max(strengths):.2f})" in text
 
 
 IDENTITY = next(line for line in SOURCE.splitlines() if "nn.init.eye_" in line)

@@ -11,6 +11,7 @@ import sys
 import urllib.request
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, DEMO, ROOT, perturb, serving
@@ -18,7 +19,10 @@ from gradio.media import get_image
 
 import train_cifar
 import train_imagenet
+from analysis import read_metrics
 from convit_min import ConViT, create_model
+from experiments import grid
+from experiments.sweep import read_runs
 from training.config import CHANGEABLE_ON_RESUME, parse_flags
 
 README = (ROOT / "README.md").read_text()
@@ -110,6 +114,38 @@ def test_numbers_in_the_readme_equal_the_results():
         for rows in (bf16, fp32)
     ]
     assert "{:.0f} and {:.0f} images/s on two cores".format(*nano) in " ".join(README.split())
+
+
+def test_claims_at_this_scale_equal_the_runs():
+    """The numbers in the last table of docs/results.md that no other result has."""
+    runs, text = read_runs(ROOT / "results/evidence/runs.jsonl"), DOCS["docs/results.md"]
+    demo, tiny = map(read_metrics, (DEMO, ROOT / "results/tiny-imagenet-50"))
+    seeds = [seed for seed in grid.SEEDS if {f"convit-10%-seed{seed}", f"vit-10%-seed{seed}"} <= runs.keys()]
+    pairs = [[runs[f"{model}-10%-seed{seed}"]["metrics"] for model in ("convit", "vit")] for seed in seeds]
+    plain = next(iter(read_runs(ROOT / "results/cifar10/runs.jsonl").values()))["metrics"]
+
+    def leads(pairs) -> np.ndarray:
+        accuracy = np.array([[[row["test_accuracy"] for row in run] for run in pair] for pair in pairs])
+        return (accuracy[:, 0] - accuracy[:, 1]).mean(0)
+
+    by_quarter, by_epoch = leads(pairs), leads([[demo, plain]])
+    shown = ", ".join(f"{lead:+.1f}" for lead in by_quarter[1:])
+    assert f"{shown} after each quarter ({len(seeds)} pairs)" in text
+    assert f"in epoch {by_epoch.argmax()} of 30: {by_epoch.max():+.1f} (one pair)" in text
+    assert f"{by_quarter[-1]:+.1f} on 10% so far, {by_epoch[-1]:+.1f} on all images after 30 epochs" in text
+
+    ends = [pair[0][-1]["heads"] for pair in pairs]
+    gate, distance = (np.array([end[key][:5] for end in ends], dtype=float) for key in ("gate", "non_locality"))
+    others = [np.array(run[-1]["heads"]["gate"][:5]) for run in (demo, tiny)]
+    low = [int((gates < 0.5).sum()) for gates in (*gate, *others)]
+    assert f"{min(low)} to {max(low)} of 45 gates end below 0.5: demo, Tiny ImageNet, {len(seeds)} seeds on 10%" in text
+    others = [np.mean(run[-1]["heads"]["non_locality"][:5], axis=1) for run in (demo, tiny)]
+    assert others[0].argmax() == 0 and others[1].max() - others[1][3:].min() < 0.01
+    is_last = distance.mean(2).argmax(1) == 4
+    assert f"that of layer 5 in {is_last.sum()} of {len(seeds)} seeds on 10%" in text
+    first, second, *_, last = gate.mean((0, 2))
+    falls = f"mean gates fall from {second:.2f} in layer 2 to {last:.2f} in layer 5, but layer 1 has {first:.2f}"
+    assert (np.diff(gate.mean((0, 2))[1:]) < 0).all() and f"{falls}, too ({len(seeds)} seeds)" in text
 
 
 @pytest.mark.parametrize("command", find_commands())

@@ -180,7 +180,7 @@ def test_sweep_refuses_what_it_cannot_train(fake_code, tmp_path, monkeypatch):
     sweep.append({"name": "done"})
     sweep.train(lambda: {"done": []})  # nothing to train
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    refuses({"new": []}, "^training needs Linux or macOS; on Windows, use WSL$")
+    refuses({"new": ["--seed", "0"]}, "^training needs Linux or macOS; on Windows, use WSL$")
     assert list(read_runs(sweep.file)) == ["done"]
 
 
@@ -344,6 +344,30 @@ def test_report_of_an_unfinished_grid(tmp_path, run_script, stats):
     for name in ("accuracy", "curves", "heads"):
         with Image.open(tmp_path / f"out/{name}.png") as plot:
             plot.verify()
+
+
+@pytest.mark.filterwarnings("error")
+def test_report_of_the_finished_grid(finished, tmp_path, run_script, stats):
+    """Every setting has a label, and every contrast all of its pairs; a modified checkout is named as such."""
+    means = {"vit-10%": 56, "convit-100%": 71, "vit-100%": 66}
+
+    def accuracy(name: str) -> float:
+        setting, _, seed = name.rpartition("-seed")
+        return means.get(setting, 60) + math.sin(len(name) * int(seed)) / 100
+
+    records = {name: fake_record(name, accuracy(name)) if "-seed" in name else finished[name] for name in finished}
+    records["convit-10%-seed0"]["provenance"][0]["commit"] += "-dirty"
+    write_records(records, tmp_path / "out")
+    assert run_script(reproduce, "report", "--out", tmp_path / "out")[0] == 0
+    text = (tmp_path / "out/README.md").read_text()
+    assert f"\n{len(finished)} of {len(finished)} planned runs are finished" in text
+    assert "trained at commit 2c4125a, 2c4125a-dirty;" in text
+    contrasts = re.findall(r"^\| .* \| 5 of 5 \| (\S+) .* \| (.*) \|$", text, re.MULTILINE)
+    expected = ["+4.0", "different"], ["-1.0", "different, by less than 1.5 points"]
+    assert [list(contrast) for contrast in contrasts[:2]] == list(expected)
+    assert [verdict for _, verdict in contrasts[2:]] == ["equivalent within 1.5 points"] * 2
+    assert all(f"| {label} | 10% |" in text for label in report.LABELS.values())
+    assert all(f"\n| {arm} | " in text for arm in grid.PATTERN_ARMS)
 
 
 def test_gates_of_the_demo(tmp_path, run_script):
