@@ -87,7 +87,7 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
     from matplotlib.pyplot import Figure, Rectangle
 
     pixels = load_crop(image, *model.config.image_shape, model.crop_pct)
-    attention = model(normalize(pixels[None]), return_attention=True)[1]
+    attention = model(normalize(pixels[None]).to(model.pos_embed), return_attention=True)[1]
     rows, columns = model.config.grid
     row, column = query or (rows // 2, columns // 2)
     check_index("layer", layer, 1, len(attention))
@@ -98,7 +98,7 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
     content, position, gate, mixed = attention[layer - 1]
     uniform = 1 / mixed.shape[-1]
     maps = {"position": position, "content": content[0], "mixed": mixed[0]}
-    maps = {name: tensor for name, tensor in maps.items() if tensor is not None}
+    maps = {name: tensor.float().cpu() for name, tensor in maps.items() if tensor is not None}
     heads = range(model.config.num_heads) if head is None else [head - 1]
     figure = Figure(figsize=(1.4 * len(maps) + 1.6, 1.5 * len(heads)), layout="constrained")
     panels = figure.subplots(len(heads), len(maps) + 1, squeeze=False)
@@ -120,7 +120,7 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
 
 
 def check_index(name: str, index: int, lowest: int, highest: int):
-    """Raise ValueError, with a message for the user, if an index is no integer or is out of range."""
+    """Raise ValueError, with a message for the user, if an index is not an integer or is out of range."""
     if not (isinstance(index, Integral) and lowest <= index <= highest):
         raise ValueError(f"expected a {name} from {lowest} to {highest}, not {index}")
 

@@ -37,7 +37,7 @@ Grid = tuple[int, int]  # rows and columns of patches: Y, X
 
 
 @dataclass(frozen=True)
-class ConViTConfig:  # invalid settings: ValueError
+class ConViTConfig:  # raises ValueError for invalid settings
     img_size: int | tuple[int, int] = 224  # or (H, W)
     patch_size: int = 16
     in_chans: int = 3
@@ -148,7 +148,7 @@ class GPSA(nn.Module):
         """Set the gates. With conv_init, also set v and v_pos: v_pos . r = -alpha |(dx, dy) - (Dx, Dy)|^2 + const.
 
         (Dx, Dy) runs through the taps of a kernel, column by column as in released models: in a 3 x 3 kernel with
-        alpha = 1, the second head attends to the patch on the left: v_pos = (-2, 0, -1). Two taps lie at -1/2 and 1/2.
+        alpha = 1, the second head attends to the patch on the left: v_pos = (-2, 0, -1). Two taps are at -1/2 and 1/2.
         """
         self.gating_param.fill_(self.config.gate_init)
         if not self.config.conv_init:
@@ -291,7 +291,7 @@ class ConViT(nn.Module):
         return (x, None) if self.cls_token is None else (x[:, 1:], x[:, 0])
 
     def forward(self, images: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, list[HeadAttention]]:
-        """Images (b c H W), H and W multiples of patch_size -> logits (b num_classes); if asked, maps of all blocks."""
+        """Images (b c H W), H and W multiples of patch_size -> logits (b num_classes) and, if asked, maps by block."""
         x, attention = self.encode(images, return_attention)
         logits = self.head(x.mean(dim=1) if self.cls_token is None else x[:, 0])
         return (logits, attention) if return_attention else logits

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel, for pixels in 0..1
-# formats that Pillow registers, but reads only with another program or a plugin, or only writes
+# formats that Pillow registers but cannot read by itself: they need another program or a plugin, or are write-only
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
-MIN_SIZE = 720  # shorter side, in pixels, to decode a JPEG to: 4000 x 3000 and more, as of phones, at 1/4
+MIN_SIZE = 720  # minimum shorter side of a decoded JPEG, in pixels: a photo of 4000 x 3000 is decoded at 1/4
 
 
 @cache
@@ -44,7 +44,7 @@ def open_image(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
 
 
 def _unidentified(file: str | Path | BinaryIO) -> str:
-    """Why Pillow does not identify a file, by its first bytes."""
+    """Why Pillow cannot identify a file, judging by its first bytes."""
     with open(file, "rb") if isinstance(file, str | Path) else contextlib.nullcontext(file) as stream:
         stream.seek(0)
         start = stream.read(256)
@@ -79,6 +79,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16- or 32-bit integers, or floats
         pixels = np.asarray(image)
+        if "transparency" in image.info:  # the value of transparent pixels
+            pixels = np.where(pixels == image.info["transparency"], 65535, pixels)
         peak = pixels.max(where=np.isfinite(pixels), initial=0)
         scale = 1 / 256 if image.mode[0] == "I" or peak > 255 else 1 if peak >= 2 else 255
         image = Image.fromarray(np.nan_to_num((pixels * scale).clip(0, 255)).astype(np.uint8))
@@ -94,18 +96,22 @@ def load_crop(image, height: int, width: int, crop_pct: float) -> Tensor:
     `image` is a path, the bytes of a file, a PIL image, or a uint8 array (H W, or H W 3). Raises ValueError for
     anything else, and like `open_image`.
     """
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim > 1 and image.shape[2:] in ((), (3,)):
-        image = Image.fromarray(image)
-    elif isinstance(image, bytes):
-        image = io.BytesIO(image)
-    elif not isinstance(image, str | Path | Image.Image):
-        raise ValueError("an image must be a path, the bytes of a file, a PIL image, or a uint8 array (H W, or H W 3)")
-    if not isinstance(image, Image.Image):
+    if isinstance(image, str | Path):
         image = load_image(image, decode_size(height, width))
-    try:
-        return to_tensor(center_crop(to_rgb(image), height, width, crop_pct))
-    except OSError as error:  # Pillow decodes an opened file only now
-        raise ValueError(f"the image is truncated or damaged ({error})") from error
+    elif isinstance(image, bytes):
+        image = load_image(io.BytesIO(image), decode_size(height, width))
+    elif isinstance(image, Image.Image):
+        try:
+            image = to_rgb(image)
+        except Exception as error:  # Pillow decodes an opened file only now, and raises nearly any exception
+            raise ValueError(f"the image is truncated or damaged, or its file was closed ({error})") from error
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim > 1 and image.shape[2:] in ((), (3,)):
+        image = Image.fromarray(image).convert("RGB")
+    else:
+        raise ValueError("an image must be a path, the bytes of a file, a PIL image, or a uint8 array (H W, or H W 3)")
+    if 0 in image.size:
+        raise ValueError("the image has no pixels")
+    return to_tensor(center_crop(image, height, width, crop_pct))
 
 
 def decode_size(height: int, width: int) -> int:
@@ -121,9 +127,10 @@ def to_tensor(image: Image.Image) -> Tensor:
 def preprocess(model, image) -> Tensor:
     """An image as input of a model from `weights.open_model`: cropped as in its evaluation, and normalized (1 3 H W).
 
-    `image` is anything that `load_crop` takes. Raises ValueError if it is unreadable.
+    The input has the device and dtype of the model. `image` is anything that `load_crop` takes. Raises ValueError if it
+    is unreadable.
     """
-    return normalize(load_crop(image, *model.config.image_shape, model.crop_pct)[None])
+    return normalize(load_crop(image, *model.config.image_shape, model.crop_pct)[None]).to(model.pos_embed)
 
 
 def center_crop(image: Image.Image, height: int, width: int, crop_pct: float = 1.0) -> Image.Image:

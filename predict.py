@@ -4,7 +4,7 @@
     python predict.py convit_tiny photos/ --csv           a released model; all images of a folder, as CSV
     python predict.py demo/cifar10 demo/cifar10/images/cat.jpg --attention heads.png --layer 5
 
-In folders, files without an image extension are skipped, with a note. An unreadable image is named, the others are
+In folders, files of an unsupported type are skipped, with a note. Unreadable images are reported, the others are
 classified, and the exit status is 1.
 """
 
@@ -21,7 +21,7 @@ import torch
 from analysis import plot_attention
 from convit_min import ConViT
 from images import preprocess
-from training.config import int_at_least
+from training.config import number
 from training.folders import find_files, list_skipped
 from weights import open_model
 
@@ -34,7 +34,7 @@ def predict(model: ConViT, image, top: int = 3) -> list[tuple[str, float]]:
     H W 3). Raises ValueError if it is none of these, or unreadable.
     """
     logits = model(preprocess(model, image))[0]
-    probabilities, indices = logits.softmax(dim=0).topk(min(top, len(logits)))
+    probabilities, indices = logits.float().softmax(dim=0).topk(min(top, len(logits)))
     return [(model.classes[index], p) for index, p in zip(indices.tolist(), probabilities.tolist(), strict=True)]
 
 
@@ -53,12 +53,13 @@ def list_files(paths: list[Path]) -> list[Path]:
 
 
 def main():
+    sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8, byte for byte
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("model", help="run folder, weights file, or name of a released model")
     parser.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
-    parser.add_argument("--top", type=int_at_least(1), default=3, help="number of classes to print (default: 3)")
+    parser.add_argument("--top", type=number(int, 1), default=3, help="number of classes to print (default: 3)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON record per image")
     output.add_argument("--csv", action="store_true", help="a CSV header, and one row per image")

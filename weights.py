@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from convit_min import MODELS, ConViT, ConViTConfig, Grid, resize_pos_embed
-from images import default_crop_pct
+from images import STD, default_crop_pct
 
 RELEASED = ("convit_tiny", "convit_small", "convit_base")
 RELEASED_URL = "https://dl.fbaipublicfiles.com/convit/{}.pth"
-STATE_DICT_KEYS = ("ema", "state_dict_ema", "model", "state_dict", "model_ema")  # the first that a file has
+STATE_DICT_KEYS = ("ema", "state_dict_ema", "model", "state_dict", "model_ema")  # in order of preference
 PATCH_EMBED = "patch_embed.proj.weight"  # every ConViT and ViT has it; what precedes it in a file is a prefix
 MAX_LISTED = 5  # names in an error
 
@@ -36,13 +36,17 @@ def open_model(source: str | Path) -> ConViT:
     """A model in eval mode from a run folder, a weights file, a URL, or the name of a released model.
 
     The model has the additional attributes `name`, `classes` (names; `has_class_names` if the file records them),
-    `epoch` (0 if unknown), and `crop_pct` (the fraction of an image's sides to predict from).
+    `epoch` (0 if unknown), and `crop_pct` (the fraction of an image's sides to predict from). Its input is RGB, also if
+    the weights are of a grayscale model.
     Raises FileNotFoundError or ValueError like `load_weights`.
     """
     weights = read_weights(str(source))
     name, config = (Path(source).stem, weights.config) if weights.config else infer_model(weights.state)
     if config is None:
         raise ValueError(f"{source} has no classifier, or does not match any model in convit_min.MODELS")
+    if config.in_chans == 1:  # images are RGB: open an equivalent model of the mean of their channels
+        weights.state[PATCH_EMBED] = weights.state[PATCH_EMBED] * (torch.tensor(STD) / sum(STD)).view(3, 1, 1)
+        config = replace(config, in_chans=3)
     model = ConViT(config).eval()
     _load(model, weights, str(source))
     model.name, model.epoch, model.has_class_names = name, weights.epoch, bool(weights.classes)
@@ -80,9 +84,9 @@ def read_weights(source: str) -> Weights:
 
             record = load_file(path)
         else:
-            # in the authors' training checkpoints; Python 3.13 has renamed the second
-            harmless = [argparse.Namespace, (PosixPath, "pathlib.PosixPath")]
-            with torch.serialization.safe_globals(harmless):
+            # in the authors' training checkpoints; Python 3.13, and only it, writes pathlib._local
+            paths = [(PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
+            with torch.serialization.safe_globals([argparse.Namespace, *paths]):
                 record = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {source}, and no released model of that name") from None
@@ -99,8 +103,9 @@ def read_weights(source: str) -> Weights:
         raise ValueError(f"{source} is damaged, or is not a PyTorch checkpoint") from error
 
     record = record if isinstance(record, dict) else {}
+    released = MODELS[source] if source in RELEASED else None
     try:
-        config = ConViTConfig(**record["model_config"]) if "model_config" in record else None
+        config = ConViTConfig(**record["model_config"]) if "model_config" in record else released
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source} was written by another version of convit_min.py ({error})") from error
     nested = next((record[key] for key in STATE_DICT_KEYS if isinstance(record.get(key), dict)), record)
@@ -135,7 +140,7 @@ def snapshot_files(run_dir: str | Path) -> list[Path]:
 def infer_model(state: dict[str, Tensor]) -> tuple[str | None, ConViTConfig | None]:
     """The name of the model in MODELS that has weights of these shapes, and its config for their classes and grid."""
     try:
-        dim, _, patch_size, _ = state[PATCH_EMBED].shape
+        dim, in_chans, patch_size, _ = state[PATCH_EMBED].shape
         num_classes, side = state["head.weight"].shape[0], math.isqrt(state["pos_embed"].shape[1])
     except (KeyError, ValueError, IndexError):
         return None, None
@@ -144,7 +149,8 @@ def infer_model(state: dict[str, Tensor]) -> tuple[str | None, ConViTConfig | No
     for name, config in MODELS.items():
         shapes = config.dim, config.patch_size, config.depth, [config.num_heads] * config.gpsa_layers
         if (dim, patch_size, depth, heads) == shapes:
-            return name, replace(config, num_classes=num_classes, img_size=side * patch_size, pool=pool)
+            size = side * patch_size
+            return name, replace(config, img_size=size, in_chans=in_chans, num_classes=num_classes, pool=pool)
     return None, None
 
 
@@ -158,15 +164,15 @@ def class_names(num_classes: int) -> list[str]:
 
 
 def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = (), classes: Collection[str] = ()):
-    state, expected = weights.state, model.state_dict()
+    state, expected, new = weights.state, model.state_dict(), {new} if isinstance(new, str) else {*new}
     _adapt_pos_embed(state, weights.config.grid if weights.config else None, model)
     num_classes = [tensors.get("head.weight", torch.tensor(0)).shape[:1] for tensors in (state, expected)]
     is_renamed = classes and weights.classes and list(classes) != weights.classes
     is_new_head = is_renamed or num_classes[0] != num_classes[1]
     if is_new_head:
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
-        new = {*new, "head"}
-    state = {key: value for key, value in expected.items() if {key, *key.split(".")} & {*new}} | state
+        new.add("head")
+    state = {key: value for key, value in expected.items() if {key, *key.split(".")} & new} | state
 
     mismatches = {
         "missing": expected.keys() - state.keys(),
@@ -180,7 +186,7 @@ def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = (
         raise ValueError(f"{source} does not match this model{actual}; {'; '.join(problems)}")
     model.load_state_dict(state)
     if is_new_head:
-        warnings.warn(f"{source} has other classes, or no classifier: the model keeps its own", stacklevel=3)
+        warnings.warn(f"{source} has other classes, or no classifier; the model keeps its own classifier", stacklevel=3)
 
 
 def _adapt_pos_embed(state: dict[str, Tensor], grid: Grid | None, model: ConViT):
@@ -189,7 +195,7 @@ def _adapt_pos_embed(state: dict[str, Tensor], grid: Grid | None, model: ConViT)
     if pos_embed is None or pos_embed.ndim != 3:
         return
     num_rows = pos_embed.shape[1]
-    if grid is None:  # third-party files do not record the grid; theirs is square, if it is not the model's
+    if grid is None:  # third-party files do not record it: the model's if the number of rows matches, else a square
         is_same = num_rows == math.prod(model.config.grid)
         grid = model.config.grid if is_same else (math.isqrt(num_rows), math.isqrt(num_rows))
     if cls_token is not None and num_rows == math.prod(grid) + 1:  # DeiT

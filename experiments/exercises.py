@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from experiments.report import gpsa_heads, markdown, plot_seeds, save
 from experiments.sweep import CODE, Sweep, read_runs, run_main
 from train_cifar import Config
-from training.config import int_at_least
+from training.config import number
 from training.distributed import UserError
 
 TEXT = CODE / "docs" / "exercises.md"
@@ -51,13 +51,13 @@ def parse_exercises(text: str) -> list[Exercise]:
     recipe = re.search(r'RECIPE="(.*)"', text)
     _, *parts = re.split(r"^## (\d+)\. (.+)\n", text, flags=re.MULTILINE)
     exercises = []
-    for number, title, section in zip(parts[0::3], parts[1::3], parts[2::3], strict=True):
+    for index, title, section in zip(parts[0::3], parts[1::3], parts[2::3], strict=True):
         command = re.search(r"python train_cifar\.py \$RECIPE(.*)", section)
         if not recipe or not command:
-            raise UserError(f"exercise {number} needs a command, python train_cifar.py $RECIPE ..., and a RECIPE=")
+            raise UserError(f"exercise {index} needs a command, python train_cifar.py $RECIPE ..., and a RECIPE=")
         flags = shlex.split(recipe[1] + re.sub(r"--run \S+", "", command[1]))
         diff = "@@\n".join(re.findall(r"^```diff\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL))
-        exercises.append(Exercise(int(number), f"{number}. {title}", diff, flags))
+        exercises.append(Exercise(int(index), f"{index}. {title}", diff, flags))
     return exercises
 
 
@@ -138,7 +138,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("numbers", nargs="*", type=int, help="exercises to train (default: all)")
-    parser.add_argument("--seeds", type=int_at_least(1), default=2, help="seeds per exercise (%(default)s)")
+    parser.add_argument("--seeds", type=number(int, 1), default=2, help="seeds per exercise (%(default)s)")
     parser.add_argument("--data-dir", default=Config.data_dir, help="see train_cifar.py (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/exercises"), help="folder (%(default)s)")
     run_main(train_exercises, **vars(parser.parse_args()))

@@ -76,6 +76,9 @@ def test_class_names_must_match_the_weights(tree, weights, tmp_path, output_of):
     output = output_of(train_cifar, "--data-dir", tmp_path / "images", "--eval", "--weights", weights)
     _, error = output.splitlines()
     assert "weights.pt lacks: shadow (it has bright, dark, gray, other, pale and 1 more); rename the folders" in error
+    checkpoint.save_weights(create_model("convit_cifar_nano", img_size=(32, 64)), [], 1.0, 3, weights)
+    output = output_of(train_cifar, "--data-dir", tree, "--eval", "--weights", weights)
+    assert "uses square images, but" in output and "is for 32 x 64: add --img-size" in output
     assert not (tmp_path / "run").exists()
 
 

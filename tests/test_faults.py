@@ -158,12 +158,24 @@ def test_run_killed_six_times_ends_bitwise_identical(tree, reference_run, tmp_pa
     assert len(json.loads((run / "provenance.json").read_text())) > 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_loses_no_step(tree, reference_run, tmp_path, number):
+def become_worker():
+    """In a child process: become the only worker of a torchrun agent."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    train_quickly()
+
+
+@pytest.mark.parametrize(
+    ("number", "count", "prepare"),
+    [(signal.SIGTERM, 1, train_quickly), (signal.SIGINT, 1, train_quickly), (signal.SIGTERM, 2, become_worker)],
+    ids=["SIGTERM", "SIGINT", "twice, by torchrun"],
+)
+def test_signal_loses_no_step(tree, reference_run, tmp_path, number, count, prepare):
     run = tmp_path / "stopped"
-    script = Script(tmp_path / "log", "--data-dir", tree, "--run", run, *QUICK)
+    script = Script(tmp_path / "log", "--data-dir", tree, "--run", run, *QUICK, prepare=prepare)
     script.wait_for(run / "last.pt")
-    os.kill(script.process.pid, number)
+    for _ in range(count):
+        os.kill(script.process.pid, number)
+        time.sleep(0.01)
     status, output = script.wait()
     assert status == 128 + number and "Traceback" not in output
     step = int(re.search(r"stopped and saved after step (\d+)", output)[1])
@@ -213,9 +225,30 @@ def test_full_disk_on_rank_0_stops_all_ranks(tree, tmp_path):
                prepare=partial(become_rank, rank, port))
         for rank, limit in enumerate((2**20, None))
     ]  # fmt: skip
-    assert [rank.wait()[0] for rank in ranks] == [1, 1]
+    assert ranks[0].wait()[0] == 1
+    ranks[1].process.terminate()  # as torchrun does, before this rank prints the same
+    assert ranks[1].wait()[0] == -signal.SIGTERM
     output = ranks[0].log.read_text()
     assert output.count("cannot be saved") == 1 and "Traceback" not in output and "Error" not in output, output
+
+
+def become_rank_elsewhere(rank: int, port: int, folder: Path):
+    os.chdir(folder)
+    become_rank(rank, port)
+
+
+def test_error_of_rank_1_alone_is_printed(tree, tmp_path):
+    """Rank 0 finds class folders in data/, and rank 1 CIFAR-10: the dataset is that of rank 0."""
+    port, folders = free_port(), [tmp_path / "first", tmp_path / "second"]
+    (folders[1] / "data" / "cifar-10-batches-py").mkdir(parents=True)
+    folders[0].mkdir()
+    (folders[0] / "data").symlink_to(tree)
+    ranks = [Script(tmp_path / f"log{rank}", *QUICK, prepare=partial(become_rank_elsewhere, rank, port, folder))
+             for rank, folder in enumerate(folders)]  # fmt: skip
+    status, output = ranks[1].wait()
+    ranks[0].process.kill()
+    assert status == 1 and "Traceback" not in output
+    assert "train_cifar.py: data contains no images in train/CLASS/*" in output
 
 
 def test_out_of_memory_suggests_gradient_accumulation(tree, tmp_path, monkeypatch, run_script):
@@ -339,7 +372,7 @@ def test_provenance_of_a_gpu(monkeypatch):
     assert {name: entry[name] for name in expected} == expected
 
 
-def test_mismatched_and_damaged_checkpoints_are_refused(tree, reference_run, tmp_path, run_script):
+def test_mismatched_and_damaged_checkpoints_are_refused(tree, reference_run, tmp_path, run_script, monkeypatch):
     def refusal(*flags) -> str:
         status, output = run_script(train_cifar, "--run", reference_run, "--resume", *flags)
         assert status == 1
@@ -350,6 +383,10 @@ def test_mismatched_and_damaged_checkpoints_are_refused(tree, reference_run, tmp
     assert "the run has --model convit_cifar_nano, not vit_cifar_nano" in other
     assert "--batch-size 4, not 8" in refusal("--batch-size", "8")
     assert "--dataset folder, not patterns" in refusal("--dataset", "patterns")
+    with monkeypatch.context() as changed_code:  # with a frozen layer
+        fewer = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr_scale": 1}]
+        changed_code.setattr(train_cifar, "param_groups", lambda *_: fewer)
+        assert "last.pt does not match this model and data: " in refusal()
     assert (reference_run / "last.pt").read_bytes() == whole
 
     (reference_run / "last.pt").write_bytes(whole[: len(whole) // 2])

@@ -5,6 +5,7 @@ import re
 import shutil
 import struct
 import sys
+import types
 import unicodedata
 import zlib
 from pathlib import Path
@@ -20,7 +21,7 @@ from analysis import read_metrics
 from convit_min import create_model
 from images import load_crop, load_image, preprocess
 from training.config import parse_flags
-from training.data import ImageSet, InMemoryData, RunData, decode, infer_dataset
+from training.data import ImageSet, InMemoryData, RunData, decode, infer_dataset, load_images
 from training.distributed import UserError
 from training.folders import find_images
 from training.image_folder import ImageFolderDataset, load_data, random_resized_crop
@@ -98,14 +99,14 @@ def test_nested_folders_links_and_other_files(tree, capsys):
     for part in (
         "2 broken links (cat/gone.png, cat/self)",
         "1 outside of class folders (README.md)",
-        "4 without an image extension (cat/Thumbs.db, cat/figure.eps, cat/labels.csv, dog/notes.txt)",
+        "4 of an unsupported type (cat/Thumbs.db, cat/figure.eps, cat/labels.csv, dog/notes.txt)",
         "3 links to folders that are already included (",
     ):
         assert part in note
     for index in range(20):
         (cat / f"{index}.csv").write_text("")
     find_images(tree / "train")
-    assert "24 without an image extension (cat/0.csv, cat/1.csv, cat/10.csv, cat/11.csv, cat/12.csv and 19" in (
+    assert "24 of an unsupported type (cat/0.csv, cat/1.csv, cat/10.csv, cat/11.csv, cat/12.csv and 19" in (
         capsys.readouterr().out
     )
 
@@ -222,7 +223,7 @@ ADVICE = {
                    "rename Testing, Training, Validation",
                    lambda tree: [(tree / name).rename(tree / split) for split, name in
                                  (("train", "Training"), ("test", "Testing"), ("val", "Validation"))]),
-    "empty class": (lambda tree: (tree / "train" / "bird").mkdir(), "remove the folder",
+    "empty class": (lambda tree: (tree / "train" / "bird").mkdir(), "or remove it",
                     lambda tree: (tree / "train" / "bird").rmdir()),
     "no class folders": (lambda tree: [shutil.move(file, tree / "train") for file in [*tree.glob("train/dog/*")]]
                          + [shutil.rmtree(tree / "train" / name) for name in ("cat", "dog")],
@@ -253,6 +254,29 @@ def test_advice_can_be_followed(fault, name, tree, read, monkeypatch):
         flags += advised[0].split()
     trained, evaluated, _ = read(name, *flags)
     assert trained and evaluated
+
+
+def test_images_that_exceed_the_memory(tree, read, monkeypatch):
+    def empty(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:122] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("training.data.torch.empty", empty)
+    with pytest.raises(UserError, match=r"^24 images of 8 pixels do not fit into memory: use train_imagenet\.py$"):
+        read("train_cifar")
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "waits_before"), [(0, 0, 0), (1, 1, 2), (8, 0, 1), (9, 1, 2)], ids=["0", "1", "8", "9"]
+)
+def test_one_process_per_machine_downloads_after_rank_0(rank, local_rank, waits_before, monkeypatch):
+    """Otherwise, two machines with a shared disk would write the same files."""
+    calls, cifar = [], types.SimpleNamespace(data=np.zeros((1, 32, 32, 3), np.uint8), targets=[0], classes=["a"])
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr("training.data.barrier", lambda: calls.append("wait"))
+    monkeypatch.setattr("training.data.cifar_class", lambda _: lambda *_, **__: calls.append("load") or cifar)
+    load_images(train_cifar.Config(dataset="cifar10"), 32, "train")
+    assert calls == ["wait"] * waits_before + ["load"] + ["wait"] * (2 - waits_before)
 
 
 @pytest.mark.usefixtures("small_model", "no_plots")
@@ -286,6 +310,10 @@ def test_run_goes_on_after_a_bad_image_is_removed(name, tree, tmp_path, capsys):
     save_images(tree / "train" / "dog" / "new", 2)
     assert "there are 25 training" in train(epochs=3, resume=True)
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [0, 3, 6, 9]
+    for split in ("train", "test", "val"):
+        (tree / split / "cat").rename(tree / split / "zebra")  # now the last class
+    with pytest.raises(UserError, match="was trained on the classes cat, dog, not dog, zebra: restore them"):
+        train(epochs=4, resume=True)
 
 
 @pytest.fixture(scope="module")
@@ -296,16 +324,17 @@ def photo() -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def png_of_16_bits(pixels: np.ndarray) -> bytes:
-    """A PNG in 16-bit RGB, which Pillow does not write."""
+def png_of_16_bits(pixels: np.ndarray, transparent: bytes = b"") -> bytes:
+    """A PNG in 16-bit RGB, or grayscale with a transparent value, which Pillow does not write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    height, width, _ = pixels.shape
+    height, width, *channels = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2 if channels else 0, 0, 0, 0))
+    header += chunk(b"tRNS", transparent) if transparent else b""
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def save_as(kind: str, photo: Image.Image, folder: Path) -> tuple[Path, Image.Image]:
@@ -329,6 +358,14 @@ def save_as(kind: str, photo: Image.Image, folder: Path) -> tuple[Path, Image.Im
         expected = gray
     elif name == "16-bit RGB":
         file.write_bytes(png_of_16_bits(np.asarray(photo).astype(np.uint16) * 257))
+    elif name == "16-bit transparent":
+        pixels = np.asarray(gray).astype(np.uint16) * 257
+        pixels[:, :64] = 3
+        file.write_bytes(png_of_16_bits(pixels, transparent=b"\0\3"))
+        expected = gray.copy()
+        expected.paste("white", (0, 0, 64, 96))
+    elif name == "damaged EXIF":
+        photo.save(file, quality=95, dpi=(72, 72), exif=b"Exif\0\0damaged!")
     elif name.startswith("float"):
         peak = int(name.split()[1])
         Image.fromarray(np.asarray(gray, dtype=np.float32) / 255 * peak).save(file)
@@ -344,9 +381,10 @@ def save_as(kind: str, photo: Image.Image, folder: Path) -> tuple[Path, Image.Im
     return file, expected.convert("RGB")
 
 
-FORMATS = ["P png", "gray png", "16-bit png", "16-bit RGB png", "transparent png", "rotated png", "rotated jpg",
-           "large rotated jpg", "large rotated mpo", "CMYK jpg", " webp", "rotated webp", "P gif", "float 1 tiff",
-           "float 255 tiff", "float 65535 tiff", "16-bit tiff", "rotated tiff", " bmp", " avif"]  # fmt: skip
+FORMATS = ["P png", "gray png", "16-bit png", "16-bit RGB png", "16-bit transparent png", "transparent png",
+           "rotated png", "rotated jpg", "damaged EXIF jpg", "large rotated jpg", "large rotated mpo", "CMYK jpg",
+           " webp", "rotated webp", "P gif", "float 1 tiff", "float 255 tiff", "float 65535 tiff", "16-bit tiff",
+           "rotated tiff", " bmp", " avif"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", FORMATS)

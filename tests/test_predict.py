@@ -1,6 +1,8 @@
 """predict.py, plot_attention, and one preprocessing on every path."""
 
+import copy
 import csv
+import io
 import json
 import os
 import re
@@ -53,6 +55,28 @@ def test_predictions_of_a_path_bytes_image_and_array_agree(demo, photo, tmp_path
     for image in wrong:
         with pytest.raises(ValueError, match="a PIL image, or a uint8 array"):
             predict(demo, image)
+    with Image.open(tmp_path / "photo.png") as closed:
+        pass
+    noise = Image.effect_noise((256, 256), 60)
+    noise.save(tmp_path / "noise.png")
+    first, rest = (tmp_path / "noise.png").read_bytes().split(b"IDAT", 1)
+    damaged = first + b"IDAT" + rest.replace(b"IDAT", b"!!!!", 1)
+    for image, message in (
+        (closed, "its file was closed"),
+        (Image.open(io.BytesIO(damaged)), "damaged"),
+        (damaged, "damaged"),
+        (pixels[10:10], "has no pixels"),
+        (photo.crop((5, 5, 5, 9)), "has no pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predict(demo, image)
+
+
+def test_model_in_half_precision(demo, photo):
+    half = copy.deepcopy(demo).half()
+    assert dict(predict(half, photo, 10)) == pytest.approx(dict(predict(demo, photo, 10)), abs=0.02)
+    maps = [plot_attention(model, photo, 1, 5).axes[3].images[0].get_array() for model in (demo, half)]
+    np.testing.assert_allclose(*maps, atol=0.01)
 
 
 @pytest.mark.parametrize("size", [32, 96])
@@ -105,7 +129,7 @@ def test_command_line(photo, tmp_path, monkeypatch, capsys):
     assert [record["file"] for record in records] == list(map(str, files))
     assert len(records[0]["classes"]) == 3 and Image.open(attention).width > 300
     assert output.err.splitlines() == [
-        f"note: skipped 1 without an image extension ({photos}/c.txt)",
+        f"note: skipped 1 of an unsupported type ({photos}/c.txt)",
         f"predict.py: {photos}/a.jpg is not an image",
         f"predict.py: {photos}/d.png cannot be opened: No such file or directory",
     ]
@@ -122,6 +146,11 @@ def test_command_line(photo, tmp_path, monkeypatch, capsys):
     assert header == ["file", "class 1", "probability 1", "class 2", "probability 2"]
     assert [row[0] for row in rows] == list(map(str, files[:2]))
     assert all(re.fullmatch(r"0\.\d{4}", row[2]) for row in rows)
+    photo.save(photos / os.fsdecode(b"\xe9.png"))
+    for option in ([], ["--csv"]):
+        command = [sys.executable, ROOT / "predict.py", DEMO, photos, *option]
+        result = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONUTF8": "1"})
+        assert result.returncode == 0 and b"/\xe9.png" in result.stdout
     assert "neither best.pt nor snapshots/" in run(tmp_path, "b.jpg")
     assert "predict.py: expected a layer from 1 to 7, not 8" in run(
         DEMO, photos, "--attention", attention, "--layer", "8"

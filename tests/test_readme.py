@@ -171,6 +171,11 @@ def test_flags_that_may_change_on_resume_are_listed():
     assert listed | {"run", "resume", "weights", "eval", "csv"} == CHANGEABLE_ON_RESUME  # these belong to one command
 
 
+def test_workers_outlast_the_documented_shutdown():
+    documented = re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", DOCS["docs/distributed.md"])
+    assert f"signal.alarm({documented[1]})" in (ROOT / "training/image_folder.py").read_text()
+
+
 def test_seed_loop_prints_mean_and_standard_deviation(tmp_path, monkeypatch, capsys):
     for seed, accuracy in enumerate((50.0, 52.0, 54.0)):
         (tmp_path / f"seed{seed}").mkdir()

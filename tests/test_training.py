@@ -148,13 +148,14 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
     assert "Not a directory" in error_of("--run", tmp_path / "file" / "run")
     assert "typo does not exist, or may not be read; if you" in error_of("--data-dir", tmp_path / "typo")
     assert not (tmp_path / "typo").exists()
-    assert "contains neither train/CLASS/*" in error_of("--data-dir", tree / "test" / "red", "--dataset", "folder")
+    nothing = error_of("--data-dir", tree / "test" / "red", "--dataset", "folder")
+    assert "contains no images in train/CLASS/* or CLASS/* (convert HEIC to JPEG)" in nothing
 
     (tree / "train" / "red" / "notes.jpg").write_text("no image")
     assert "notes.jpg is not an image; repair or remove such files" in error_of()
     (tree / "train" / "red" / "notes.jpg").unlink()
     (tree / "train" / "empty").mkdir()
-    assert "empty contains no images" in error_of()
+    assert "empty contains no images; add some (convert HEIC to JPEG), or remove it" in error_of()
     (tree / "train" / "empty").rmdir()
     (tree / "test" / "blue").rename(tree / "test" / "yellow")
     assert "classes that the training set lacks: yellow (it has blue, green, red); rename the folders" in error_of()
@@ -196,6 +197,9 @@ def test_fine_tuned_run_is_evaluated_with_its_own_weights(tree, tmp_path, run_sc
     output = run_script(train_cifar, "--run", tmp_path / "second", "--eval")[1]
     best = max(read_metrics(tmp_path / "second"), key=lambda record: (record["test_accuracy"], record["epoch"]))
     assert f"second/best.pt: test_loss {best['test_loss']:.3f}, test_accuracy {best['test_accuracy']:.3f}" in output
+    run_script(train_cifar, "--run", tmp_path / "second", "--resume", "--epochs", "5", "--weights", "elsewhere.pt")
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert config["epochs"] == 5 and config["weights"] == str(tmp_path / "first")  # those of the start
 
 
 def test_bugs_keep_their_traceback(tree, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """load_weights: round trips, other sizes, and damaged or malicious files."""
 
 import argparse
+import pathlib
 import pickle
+import sys
 from dataclasses import asdict, replace
 from pathlib import PosixPath
 
@@ -10,6 +12,9 @@ import torch
 from conftest import CONFIG, perturb
 
 from convit_min import ConViT, ConViTConfig, create_model, resize_pos_embed
+from images import normalize
+from predict import predict
+from training.checkpoint import save_weights
 from weights import load_weights, open_model
 
 
@@ -47,10 +52,17 @@ FILES = {  # what people have
 }
 
 
+FILES["authors' training, written by Python 3.13"] = FILES["authors' training"]
+
+
 @pytest.mark.parametrize("kind", FILES)
-def test_save_and_load_round_trip(kind, tmp_path):
+def test_save_and_load_round_trip(kind, tmp_path, monkeypatch):
     trained, fresh = perturb(ConViT(CONFIG)), ConViT(CONFIG)
-    torch.save(FILES[kind](trained.state_dict()), tmp_path / "weights.pt")
+    with monkeypatch.context() as python_3_13:
+        if "written by Python 3.13" in kind:
+            python_3_13.setitem(sys.modules, "pathlib._local", pathlib)
+            python_3_13.setattr(PosixPath, "__module__", "pathlib._local")
+        torch.save(FILES[kind](trained.state_dict()), tmp_path / "weights.pt")
     assert not same_weights(trained, fresh)
     load_weights(fresh, tmp_path / "weights.pt")
     assert same_weights(trained, fresh)
@@ -131,6 +143,29 @@ def test_same_number_of_patches_on_another_grid_is_interpolated(tmp_path):
     assert not torch.equal(square.pos_embed, wide.pos_embed)
 
 
+def test_released_weights_on_another_grid_of_196_patches(tmp_path, monkeypatch):
+    trained, wide = perturb(create_model("convit_tiny")), create_model("convit_tiny", img_size=(112, 448))
+    torch.save({"model": trained.state_dict()}, tmp_path / "tiny.pth")
+    monkeypatch.setattr("weights.download", lambda url: str(tmp_path / "tiny.pth"))
+    load_weights(wide, "convit_tiny")
+    torch.testing.assert_close(wide.pos_embed, resize_pos_embed(trained.pos_embed, (14, 14), (7, 28)))
+
+
+def test_grayscale_model_is_opened_as_rgb(tmp_path):
+    """It sees the mean of the channels; `load_weights` still reads it into a grayscale model."""
+    trained = perturb(create_model("convit_cifar_nano", in_chans=1))
+    torch.save(trained.state_dict(), tmp_path / "flat.pt")
+    save_weights(trained, list("abcdefghij"), 1.0, 3, tmp_path / "ours.pt")
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    for file in (tmp_path / "flat.pt", tmp_path / "ours.pt"):
+        opened, again = open_model(file), create_model("convit_cifar_nano", in_chans=1)
+        expected = trained(normalize(pixels.float().mean(1, keepdim=True)))
+        torch.testing.assert_close(opened(normalize(pixels)), expected, atol=1e-4, rtol=1e-4)
+        assert len(predict(opened, pixels[0].permute(1, 2, 0).numpy())) == 3
+        load_weights(again, file)
+        assert same_weights(again, trained)
+
+
 def test_ten_patches_are_not_mistaken_for_deit_format(tmp_path):
     plain = replace(CONFIG, img_size=(8, 20), gpsa_layers=0)
     trained, fresh = perturb(ConViT(plain)), ConViT(plain)
@@ -143,15 +178,15 @@ def test_other_number_of_classes_keeps_the_new_head(tmp_path):
     torch.save(perturb(ConViT(CONFIG)).state_dict(), tmp_path / "weights.pt")
     model = ConViT(ConViTConfig(**{**vars(CONFIG), "num_classes": 3}))
     head = model.head.weight.clone()
-    with pytest.warns(UserWarning, match="other classes, or no classifier: the model keeps its own"):
+    with pytest.warns(UserWarning, match="other classes, or no classifier; the model keeps its own"):
         load_weights(model, tmp_path / "weights.pt")
     assert torch.equal(model.head.weight, head)
     backbone = ConViT(ConViTConfig(**{**vars(CONFIG), "num_classes": 0}))
-    with pytest.warns(UserWarning, match="other classes, or no classifier: the model keeps its own"):
+    with pytest.warns(UserWarning, match="other classes, or no classifier; the model keeps its own"):
         load_weights(backbone, tmp_path / "weights.pt")
     assert backbone(torch.randn(1, 3, 20, 28)).shape == (1, 36)
     torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
-    with pytest.warns(UserWarning, match="other classes, or no classifier: the model keeps its own"):
+    with pytest.warns(UserWarning, match="other classes, or no classifier; the model keeps its own"):
         load_weights(model, tmp_path / "backbone.pt")
     assert torch.equal(model.head.weight, head)
 
@@ -181,9 +216,10 @@ def test_new_parameters_keep_their_initial_values(tmp_path):
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"missing: .*relative_bias"):
         load_weights(extended, tmp_path / "weights.pt")
-    load_weights(extended, tmp_path / "weights.pt", new=("relative_bias",))
-    assert (extended.blocks[0].attn.relative_bias == 7).all()
-    assert torch.equal(extended.blocks[0].attn.v.weight, trained.blocks[0].attn.v.weight)
+    for new in (("relative_bias",), "relative_bias"):
+        load_weights(extended, tmp_path / "weights.pt", new=new)
+        assert (extended.blocks[0].attn.relative_bias == 7).all()
+        assert torch.equal(extended.blocks[0].attn.v.weight, trained.blocks[0].attn.v.weight)
 
 
 def test_an_error_names_five_keys_and_counts_the_rest(tmp_path):

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
@@ -52,9 +51,6 @@ def number(kind: type, minimum: float, maximum: float = math.inf):
     return parse
 
 
-int_at_least = partial(number, int)
-
-
 def interval(text: str) -> str:
     """An argparse type: a number of steps, or of minutes as in 10m."""
     if not re.fullmatch(r"[1-9]\d*m?", text):
@@ -70,7 +66,7 @@ class RunConfig:
     """
 
     # data
-    workers: int = flag(CORES, "image-decoding processes of each training process; train_cifar.py: threads", minimum=0)
+    workers: int = flag(CORES, "image-decoding workers per training process (train_cifar.py: threads)", minimum=0)
     data_fraction: float = flag(1.0, "fraction of every class to train on, drawn with --seed", minimum=1e-6, maximum=1)
     scale_epochs: bool = flag(False, "multiply the epochs by 1 / --data-fraction: as many steps as on all data")
     val_fraction: float | None = flag(

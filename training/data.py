@@ -52,7 +52,7 @@ class RunData:
 
         `crop_pct` is the fraction of the sides of an evaluation image that is kept, by default that of its size.
         """
-        config.dataset = config.dataset or infer_dataset(config.data_dir, type(config).data_dir)
+        config.dataset = config.dataset or from_rank0(infer_dataset, config.data_dir, type(config).data_dir)
         self.config, self.device = config, device
         self.size = config.img_size or MODELS[config.model].img_size
         self.is_folder = config.dataset in ("folder", "imagenet")
@@ -127,7 +127,7 @@ def split_sets(config, load: Callable[[str], ImageSet]) -> tuple[ImageSet, Image
         return test.select(torch.arange(0)), test
     train = load("train")
     if len(train.classes) < 2:
-        raise UserError(f"the images of {config.data_dir} have a single class, {train.classes[0]}; two are needed")
+        raise UserError(f"{config.data_dir} has a single class, {train.classes[0]}; at least two are needed")
     if config.val_fraction:
         train, test = map(train.select, split_train_val(train.labels, config.val_fraction, config.seed))
         if untrained := {train.classes[label] for label in set(test.labels.tolist()) - set(train.labels.tolist())}:
@@ -178,15 +178,16 @@ def load_images(config, img_size: int, split: str) -> ImageSet:
         images, labels = patterns(20_000 if split == "train" else 2_000, split)
         classes = TEXTURES
     else:
-        if local_rank() > 0:
-            barrier()  # local rank 0 downloads
+        turn = (rank() > 0) + (local_rank() > 0)  # rank 0 downloads, then local ranks 0, in case disks are not shared
+        for _ in range(turn):
+            barrier()
         try:
             cifar = cifar_class(config.dataset)(config.data_dir, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:  # no network, a refused download, a damaged archive
             problem = f"{config.dataset} is not in {config.data_dir} and could not be downloaded ({error})"
             own = "train on your own images with --data-dir DIR (DIR/train/CLASS/*, DIR/test/CLASS/*)"
             raise UserError(f"{problem}; put its archive there, or {own}") from error
-        if local_rank() == 0:
+        for _ in range(turn, 2):
             barrier()
         images, labels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(cifar.targets)
         classes = cifar.classes
@@ -210,7 +211,11 @@ def decode(files: ImageSet, size: int, config, crop_pct: float = 1.0) -> tuple[I
 
     Raises UserError for files that cannot be read; with --skip-bad-images, they are left out, with a note.
     """
-    pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    try:
+        pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    except RuntimeError as error:  # of the allocator
+        advice = "use train_imagenet.py"
+        raise UserError(f"{len(files)} images of {size} pixels do not fit into memory: {advice}") from error
 
     def read(index: int) -> str:
         try:
@@ -219,7 +224,8 @@ def decode(files: ImageSet, size: int, config, crop_pct: float = 1.0) -> tuple[I
             return str(error)
         return ""
 
-    options = {"max_workers": max(config.workers, 1), "desc": "reading images", "leave": False, "disable": None}
+    options = {"max_workers": max(config.workers, 1), "desc": "reading images", "leave": False}
+    options["disable"] = True if rank() > 0 else None  # None: unless the output is a terminal
     errors = thread_map(read, range(len(files)), **options)  # Pillow releases the GIL while it decodes
     decoded = ImageSet(pixels, files.labels, files.classes)
     bad = [error for error in errors if error]

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -18,13 +19,9 @@ class UserError(Exception):
     """Something the user can change: the message says in one sentence what is wrong and what to do."""
 
     def __init__(self, message: str, status: int = 1):
-        """`status` is that of a process that ends with this error."""
+        """`status` is the exit status of the process."""
         super().__init__(message)
         self.status = status
-
-
-class RankError(UserError):
-    """A UserError that a single rank raises, while the others go on."""
 
 
 class Stopped(UserError):
@@ -84,10 +81,11 @@ def print0(message: str):
 
 
 def abort(error: UserError | torch.OutOfMemoryError) -> NoReturn:
-    """Print an error, once per machine if all ranks raise it, kill data workers, and exit."""
+    """Print an error, once per machine if all of its ranks raise it, kill data workers, and exit."""
     if isinstance(error, torch.OutOfMemoryError):
-        error = RankError(f"raise --grad-accum-steps, or lower --batch-size: {error}")
-    if local_rank() == 0 or isinstance(error, RankError):
+        error = UserError(f"raise --grad-accum-steps, or lower --batch-size: {error}")
+    if local_rank() == 0 or not isinstance(error, Stopped):  # all ranks raise Stopped
+        time.sleep(local_rank())  # if a lower rank prints it, too, torchrun ends this process first
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader reports the workers killed below
     for worker in multiprocessing.active_children():

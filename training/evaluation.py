@@ -77,7 +77,10 @@ def evaluate_weights(config, load_data: Callable):
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     config.model = infer_model(model.state_dict())[0] or model.name
-    config.img_size = config.img_size or model.config.image_shape[0]
+    height, width = model.config.image_shape
+    if height != width and not config.img_size:
+        raise UserError(f"--eval uses square images, but {config.weights} is for {height} x {width}: add --img-size")
+    config.img_size = config.img_size or height
     if config.img_size % model.config.patch_size:
         raise UserError(f"--img-size {config.img_size} must be a multiple of the patch size, {model.config.patch_size}")
     data = load_data(config, device, model.crop_pct)

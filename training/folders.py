@@ -36,7 +36,8 @@ def find_split(config, split: str, eval_splits: tuple[str, ...]) -> Path:
         if nested := next(root.glob("*/train/"), None):
             raise UserError(f"{root} contains no train/, but {nested.parent} does: use --data-dir {nested.parent}")
         is_readable = os.access(root, os.R_OK | os.X_OK)
-        problem = "contains neither train/CLASS/* nor CLASS/*" if is_readable else "does not exist, or may not be read"
+        absent = "contains no images in train/CLASS/* or CLASS/* (convert HEIC to JPEG)"
+        problem = absent if is_readable else "does not exist, or may not be read"
         advice = "if you have no images, try --dataset patterns, or train_cifar.py with --dataset cifar10"
         raise UserError(f"{root} {problem}; {advice}")
     others = [file.name for file in root.iterdir() if file.is_dir() and file.name not in SPLITS]
@@ -74,7 +75,7 @@ def find_images(folder: Path) -> dict[str, list[Path]]:
         raise UserError(f"{folder} contains no class folders; put the images into {folder}/CLASS/")
     for name, files in tree.items():
         if not files:
-            raise UserError(f"{folder / name} contains no images; add some, or remove the folder")
+            raise UserError(f"{folder / name} contains no images; add some (convert HEIC to JPEG), or remove it")
     return {name: [Path(file) for file in sorted(tree[name])] for name in sorted(tree)}
 
 
@@ -97,7 +98,7 @@ def find_files(folder: str, visited: set[str], skipped: dict[str, list[str]]) ->
         elif os.path.splitext(entry.name)[1].lower() in extensions:
             files.append(entry.path)
         else:
-            skipped["without an image extension"].append(entry.path)
+            skipped["of an unsupported type"].append(entry.path)
     return files
 
 

@@ -18,7 +18,7 @@ from images import load_crop, open_image, to_rgb, to_tensor
 from training.augment import derive_seed
 from training.checkpoint import rerun
 from training.data import InMemoryData, RunData, epoch_order, remedy, shard_batches
-from training.distributed import RankError
+from training.distributed import UserError
 
 ORIENTATION = 0x0112  # EXIF tag
 MAX_SKIPPED = 1000  # unreadable files in a row before giving up: the disk is probably gone
@@ -95,7 +95,7 @@ class StreamedData(RunData):
     def _load(self, dataset: ImageFolderDataset, batches: Iterable[list]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Images, labels, and indices on the device.
 
-        Raises RankError for an unreadable file. With --skip-bad-images, it is replaced in training, and left out in
+        Raises UserError for an unreadable file. With --skip-bad-images, it is replaced in training, and left out in
         evaluation.
         """
         config, batches = self.config, list(batches)
@@ -107,8 +107,8 @@ class StreamedData(RunData):
             bad = set(filter(None, errors))
             if bad and (not config.skip_bad_images or -1 in tensors[1]):
                 then = "rerun" if config.eval else rerun(Path(config.run))
-                hint = "" if config.skip_bad_images else ", which names those that it meets"
-                raise RankError(f"{min(bad)}: {remedy(config)}{hint}; then {then}")
+                hint = "" if config.skip_bad_images else ", which reports each one that it finds"
+                raise UserError(f"{min(bad)}: {remedy(config)}{hint}; then {then}")
             for error in bad - self.reported:
                 fate = "the next one replaces it" if dataset is self.train else "it is left out"
                 tqdm.write(f"{error}; {fate}", file=sys.stderr)  # unbuffered, so that abort does not lose it
@@ -139,7 +139,11 @@ def decode_crop(file: str | Path, size: int) -> tuple[Image.Image, tuple[float, 
     from torchvision.transforms import RandomResizedCrop  # slow to import
 
     with open_image(file) as image:
-        if image.format != "JPEG" or image.getexif().get(ORIENTATION, 1) != 1:  # 16 bits, transparency, or rotated
+        try:
+            is_upright = image.getexif().get(ORIENTATION, 1) == 1
+        except SyntaxError:  # of Pillow, if the EXIF data are damaged
+            is_upright = True
+        if image.format != "JPEG" or not is_upright:  # 16 bits, transparency, or rotated
             image.draft(None, (4 * size, 4 * size))  # leaves `size` pixels in the smallest box
             image = to_rgb(image)
         top, left, height, width = RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
@@ -150,6 +154,6 @@ def decode_crop(file: str | Path, size: int) -> tuple[Image.Image, tuple[float, 
 
 
 def _defer_signals(_):
-    """Workers ignore SIGINT and delay SIGTERM by 60 s, so that the main process can finish and save its step."""
+    """Workers ignore SIGINT and delay SIGTERM by 100 s, so that the main process can finish and save its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # also if it comes twice, as from torchrun
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(100))  # also if it comes twice, as from torchrun

@@ -23,6 +23,7 @@ from analysis import HeadStatistics, read_metrics, uniform_non_locality
 from training import checkpoint, distributed
 from training.augment import derive_seed
 from training.distributed import Stopped, UserError, print0, rank
+from weights import list_names
 
 PLOT_INTERVAL = 30  # seconds; epochs may be shorter than plotting
 CONTINUE, SAVE, STOP = 0, 1, 2  # after a step; the largest of all ranks wins
@@ -36,7 +37,7 @@ class Run:
     """
 
     def __init__(self, config, data, device: torch.device, **components):
-        """Start a run, or resume it. Raises UserError, on all ranks, if that is not possible."""
+        """Start a run, or resume it. Raises UserError if that is not possible."""
         self.dir, self.config, self.data, self.device = Path(config.run), config, data, device
         self.components = components
         self.train_state = {"epoch": 0, "step_in_epoch": 0, "loss_sum": 0.0}
@@ -210,10 +211,15 @@ class Run:
         try:
             saved_config, state = record["config"], record["train_state"]
             self.config.check_same_run(saved_config)
+            self.config.weights = saved_config["weights"]  # not loaded again, but part of the run
+            if record["classes"] != self.data.classes:
+                trained, found = list_names(record["classes"]), list_names(self.data.classes)
+                advice = "restore them, or choose another --run"
+                raise UserError(f"{self.dir} was trained on the classes {trained}, not {found}: {advice}")
             for name, component in self.components.items():
                 component.load_state_dict(record[name])
             self._check_images(state)
-        except (RuntimeError, KeyError) as error:  # a different number of classes, or a run of an older version
+        except (RuntimeError, ValueError, KeyError) as error:  # changed code, or a run of an older version
             raise UserError(f"{file} does not match this model and data: {error}") from error
         records = distributed.from_rank0(read_metrics, self.dir)
         if state["step_in_epoch"] == self.steps_per_epoch and any(r["epoch"] == state["epoch"] for r in records):
@@ -236,7 +242,7 @@ class Run:
             repair = "restore the original files (--skip-bad-images leaves out unreadable ones)"
             advice = f"{repair}, or choose another --run"
             raise UserError(f"{change}: {advice}")
-        print0(f"note: {change}; the run goes on, but is no longer exactly reproducible")
+        print0(f"note: {change}; the run continues, but is no longer exactly reproducible")
 
     def _is_trained(self, epoch: int) -> bool:
         """Whether the model of an epoch may become best.pt: not a random initialization."""
@@ -284,7 +290,7 @@ def deferred_signals() -> Iterator[list[int]]:
         received.append(number)
         if distributed.local_rank() == 0:
             print("\nstopping after this step", file=sys.stderr, flush=True)
-        if distributed.world_size() == 1:  # torchrun may deliver the same signal twice
+        if "RANK" not in os.environ:  # torchrun may deliver the same signal twice
             signal.signal(number, previous[number])  # a second signal terminates at once
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
