@@ -131,6 +131,12 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 def read_json_lines(file: Path) -> list[dict]:
-    """The records of a file with one per line. An incomplete last line, left by an interruption, is ignored."""
+    """The records of a file with one per line. An incomplete last line, left by an interruption, is ignored.
+
+    Raises ValueError if another line is damaged.
+    """
     lines = file.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise ValueError(f"{file.parent.name}/{file.name} is damaged ({error})") from error

@@ -15,6 +15,7 @@ import base64
 import contextlib
 import ctypes
 import functools
+import gc
 import itertools
 import os
 import signal
@@ -47,7 +48,9 @@ LAUNCH_OPTIONS = {
     "run_history": False,
     "share": False,
     "ssr_mode": False,
+    "state_session_capacity": 20,  # Gradio keeps the last request of each
 }
+BAD_ARGUMENTS = KeyError, TypeError, IndexError, AttributeError, OverflowError, FileNotFoundError
 
 
 def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> gr.Blocks:
@@ -61,13 +64,13 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
         if key == "" or key in models:
             return models[key or first]
         if run_dir := training_queue.run_dirs.get(key):
+            gc.collect()  # models that the cache has dropped are in reference cycles
             return open_trained(run_dir, "your tiny model")
         raise ValueError("This training run has expired; please select another model.")
 
     # the functions that the page's JavaScript calls, with the fields of a JSON object as arguments
     def describe(model: str) -> dict:
-        selected = select(model)
-        selected.refresh()
+        selected = select(model).refresh()
         others = [other.curves() for other in models.values() if compare and other is not selected]
         return selected.describe() | {
             "key": model or first,
@@ -100,7 +103,7 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
 
         Layers count from 1, as on the page; snapshots, rows, and columns from 0. Snapshot -1 is the last one.
         """
-        inspector = select(model)
+        inspector = select(model).refresh()
         (rows, columns), count = inspector.config.grid, len(inspector.models)
         check_index("snapshot", snapshot, -count, count - 1)
         check_index("row", row, 0, rows - 1)
@@ -111,7 +114,8 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
     @api_errors()
     def classes(image: str, top: int = 3, model: str = "") -> list[tuple[str, float]]:
         """The most likely classes of an image and their probabilities, the best first."""
-        last = select(model).models[-1]
+        last = select(model).refresh().models[-1]
+        check_index("number of classes", top, 1, len(last.classes))
         upload = load_upload(base64.b64decode(image, validate=True), decode_size(*last.config.image_shape))
         return worker.submit(predict, last, upload, top).result()
 
@@ -126,7 +130,13 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
         )
         gr.api(heads, api_name="heads", concurrency_limit=2)
         gr.api(classes, api_name="predict", concurrency_limit=2)
+    for block in page.blocks.values():  # else, Gradio downloads the URLs that requests contain
+        block.async_move_resource_to_block_cache = refuse_file
     return page
+
+
+async def refuse_file(_):
+    raise gr.Error("an image must be a file in base64", print_exception=False)
 
 
 def open_models(runs: list[Path]) -> dict[str, AttentionInspector]:
@@ -148,7 +158,7 @@ def json_errors(function):
             return function(**request)
         except ValueError as error:
             return {"error": str(error)}
-        except (KeyError, TypeError, IndexError, AttributeError, FileNotFoundError):
+        except BAD_ARGUMENTS:
             return {"error": "Invalid request. Please reload the page."}
 
     call.__name__ = function.__name__  # what the page calls it
@@ -162,6 +172,8 @@ def api_errors():
         yield
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from None
+    except BAD_ARGUMENTS:
+        raise gr.Error("invalid arguments", print_exception=False) from None
 
 
 def main():
@@ -190,12 +202,12 @@ def main():
     except (OSError, ValueError) as error:
         sys.exit(f"app.py: {error}")
     page = build_page(models, compare=bool(args.run))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # runs atexit, which stops training
     try:
         socket.create_server((args.host, args.port or 0)).close()
+        page.launch(server_name=args.host, server_port=args.port or None, **LAUNCH_OPTIONS)
     except (OSError, OverflowError) as error:
         sys.exit(f"app.py: cannot listen on --host {args.host} --port {args.port or 'any'}: {error}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # runs atexit, which stops training
-    page.launch(server_name=args.host, server_port=args.port, **LAUNCH_OPTIONS)
     print(f"Viewer running at {page.local_url} (press Ctrl-C to stop)", flush=True)
     page.block_thread()
 

@@ -134,7 +134,7 @@ def download(url: str) -> str:
 
 def snapshot_files(run_dir: str | Path) -> list[Path]:
     """Snapshot files of a run folder, earliest first."""
-    return sorted(Path(run_dir).glob("snapshots/epoch_*.pt"))
+    return sorted(Path(run_dir).glob("snapshots/epoch_*.pt"), key=lambda file: (len(file.name), file.name))
 
 
 def infer_model(state: dict[str, Tensor]) -> tuple[str | None, ConViTConfig | None]:

@@ -179,9 +179,17 @@ def test_api_returns_the_models_maps(server, oblong):
         ([base64.b64encode(file).decode(), 9], "a layer from 1 to 3"),
         (["", 1, 9], "a snapshot from -"),
         (["", 1, 0, 4], "a row from 0 to 3"),
+        ([base64.b64encode(file).decode(), "x"], "invalid arguments"),
+        ([{"path": "http://example.com/x.png", "meta": {"_type": "gradio.FileData"}}, 1], "a file in base64"),
     ):
         with pytest.raises(Exception, match=message):
             client.predict(*arguments, api_name="/heads")
+    with pytest.raises(Exception, match="expected a number of classes from 1 to 3, not -1"):
+        client.predict(base64.b64encode(file).decode(), -1, api_name="/predict")
+    added = perturb(ConViT(OBLONG))
+    add_epoch(oblong, added, 3)
+    heads = client.predict(base64.b64encode(file).decode(), 1, api_name="/heads")
+    assert [head["gate"] for head in heads] == pytest.approx(added.blocks[0].attn.gate().tolist(), abs=1e-3)
 
 
 def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
@@ -253,6 +261,7 @@ def test_invalid_requests_return_one_sentence(server):
         {"model": ["a"]}, {"unknown": 1})]  # fmt: skip
     invalid += [("recompute", valid | change) for change in (
         {"gates": [[0.5] * 6]}, {"gates": [[2] * 6] * 3}, {"gates": "x"}, {"gates": [["x"] * 6] * 3}, {"gates": 1},
+        {"gates": [[10**400] * 6] * 3},
         {"snapshot": 99}, {"snapshot": "1"})]  # fmt: skip
     invalid += [("export", export | change) for change in (
         {"query": 24}, {"query": -1}, {"head": 6}, {"display": "x"}, {"display": None}, {"gates": [1]})]  # fmt: skip
@@ -281,7 +290,10 @@ def test_server_exposes_no_files_and_limits_requests(server, oblong):
 
     assert status("/gradio_api/component_server", {"Content-Length": str(10**9)}) == 413
     assert status("/gradio_api/component_server", {"Transfer-Encoding": "chunked"}) == 411
-    assert status("/gradio_api/upload", {"Content-Type": "multipart/form-data; boundary=x"}) == 403
+    for path in ("upload", "component_server"):
+        assert status(f"/gradio_api/{path}", {"Content-Type": "multipart/form-data; boundary=x"}) == 403
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{server}/gradio_api/deep_link?session_hash=x")
 
 
 def memory(pid: int) -> int:

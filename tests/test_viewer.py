@@ -5,6 +5,8 @@ import io
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -15,11 +17,12 @@ from PIL import Image, ImageSequence
 
 from convit_min import ConViT, ConViTConfig, create_model
 from images import normalize
+from training.checkpoint import save_weights
 from viewer import sessions
 from viewer.examples import Example, load_examples
 from viewer.export import draw_gates, export_view
 from viewer.inspector import AttentionInspector, open_run, open_weights
-from viewer.limits import encode_image
+from viewer.limits import data_url, encode_image, load_upload
 from weights import load_weights, snapshot_files
 
 
@@ -86,7 +89,9 @@ def test_examples_come_from_the_dataset_if_it_can_be_read(tmp_path, photo):
         (tmp_path / "valid" / name).mkdir(parents=True)
         (tmp_path / "valid" / name / "1.png").write_bytes(photo)
     config = {"dataset": "folder", "data_dir": str(tmp_path), "val_fraction": None}
-    assert load_examples(config, None, ["left"]) == {"left": Example(photo, "left"), "right": Example(photo)}
+    for dataset in ("folder", "imagenet"):
+        examples = load_examples(config | {"dataset": dataset}, None, ["left"])
+        assert examples == {"left": Example(photo, "left"), "right": Example(photo)}
     (tmp_path / "valid" / "right" / "1.png").write_bytes(photo[:50])  # damaged
     assert load_examples(config, None, ["left"]) == {"left": Example(photo, "left")}
     (tmp_path / "test").mkdir()  # without images
@@ -125,6 +130,11 @@ def test_phone_photo_of_48_megapixels_is_shown(inspector, photo):
 def test_open_run_rejects_missing_and_damaged_snapshots(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no snapshots"):
         open_run(tmp_path)
+    (tmp_path / "long" / "snapshots").mkdir(parents=True)
+    names = ["epoch_9999.pt", "epoch_10000.pt"]
+    for name in names:
+        (tmp_path / "long" / "snapshots" / name).touch()
+    assert [file.name for file in snapshot_files(tmp_path / "long")] == names
     shutil.copytree(DEMO, tmp_path / "run")
     file = sorted((tmp_path / "run" / "snapshots").iterdir())[1]
     file.write_bytes(file.read_bytes()[:1000])
@@ -132,7 +142,69 @@ def test_open_run_rejects_missing_and_damaged_snapshots(tmp_path):
         open_run(tmp_path / "run")
 
 
-def test_opening_view_of_a_growing_run_follows_its_snapshots(tmp_path):
+def test_description_names_a_damaged_file(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "run")
+    inspector = open_run(tmp_path / "run")
+    for name, content in (("metrics.jsonl", "{,}\n"), ("config.json", '{"epochs": 30,}')):
+        (tmp_path / "run" / name).write_text(content)
+        with pytest.raises(ValueError, match=f"^run/{name} is damaged"):
+            inspector.describe()
+
+
+def test_new_run_in_the_same_folder_replaces_the_old_one(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "run")
+    inspector = open_run(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"epochs": 60}')  # a resumed run
+    assert inspector.refresh().describe()["last_epoch"] == 60 and len(inspector.models) == 5
+    for file in snapshot_files(tmp_path / "run"):
+        file.unlink()
+    model = ConViT(ConViTConfig(32, 8, num_classes=4, dim=36, depth=2, num_heads=9, gpsa_layers=1))
+    save_weights(model, list("abcd"), 1.0, 0, tmp_path / "run" / "snapshots" / "epoch_0000.pt")
+    shutil.copy(DEMO.parent / "patterns" / "config.json", tmp_path / "run")
+    description = inspector.refresh().describe()
+    assert description["epochs"] == [0] and description["grid"] == (4, 4)
+    assert not any(example["queries"] for example in description["examples"])  # squares would not fill such patches
+
+
+def test_others_do_not_see_changed_gates(photo):
+    """While one client tries gates, another one opens the page."""
+    inspector = open_run(DEMO)
+    pixels, trained = inspector.prepare_image(photo)["pixels"], inspector.describe()["gate"]
+    inspector.layer_maps(pixels, 0)  # cached
+    inside, released = Event(), Event()
+
+    def wait(*_):
+        inside.set()
+        released.wait(20)
+
+    inspector.models[-1].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as clients:
+        clients.submit(inspector.recompute, pixels, 0, -1, [[0.0] * 9] * 7)
+        assert inside.wait(20)
+        description = clients.submit(inspector.describe)
+        time.sleep(0.3)
+        released.set()
+        assert description.result()["gate"] == trained
+
+
+def test_two_images_are_decoded_at_once(inspector, photo, monkeypatch):
+    active, most = [], []
+
+    def load(*args):
+        active.append(1)
+        most.append(len(active))
+        time.sleep(0.02)
+        active.pop()
+        return load_upload(*args)
+
+    monkeypatch.setattr("viewer.inspector.load_upload", load)
+    with ThreadPoolExecutor(10) as clients:
+        assert len(list(clients.map(inspector.prepare_image, [photo] * 10))) == 10
+    assert max(most) == 2
+
+
+def test_opening_view_of_a_growing_run_follows_its_snapshots(tmp_path, monkeypatch):
+    monkeypatch.setattr("viewer.inspector.CACHE_BYTES", 0)  # as for a large model
     demo, run = DEMO.parent / "patterns", tmp_path / "run"
     files = snapshot_files(demo)
     (run / "snapshots").mkdir(parents=True)
@@ -151,6 +223,8 @@ def test_opening_view_of_a_growing_run_follows_its_snapshots(tmp_path):
     image = growing.prepare_image(growing.examples[after["image"]].data)
     first, *_, last = growing.layer_maps(image["pixels"], 0)["predictions"]
     assert first[0][0] != last[0][0] == after["image"]
+    growing.layer_maps(image["pixels"], 1)
+    assert growing._cached_maps.cache_info().misses == 3  # the maps of all layers are kept
 
 
 def test_maps_for_one_query_patch(inspector, photo):
@@ -179,6 +253,17 @@ def test_figures_use_the_pages_epoch_scale_and_show_changed_gates(inspector):
     assert [line.get_ydata()[0] for line in crosses] == [0.9]
 
 
+def test_display_of_an_exported_view_is_reduced(inspector, photo, monkeypatch):
+    """The browser sends it back, and it may be anything."""
+    view = inspector.prepare_image(photo) | {"layer": 3, "head": 4, "query": 0, "gates": None, "snapshot": 0}
+    view["display"] = data_url(encode_image(Image.new("RGB", (4000, 3000)), "PNG"), "png")
+    sizes = []
+    monkeypatch.setattr("viewer.export.draw_map", lambda axes, pixels, *_, **__: sizes.append(pixels.shape) or ([], []))
+    monkeypatch.setattr("viewer.export.draw_lines", lambda *_: None)
+    export_view(inspector, view, animated=False)
+    assert sizes[0] == (288, 384, 3)
+
+
 def test_gif_has_one_distinct_frame_per_snapshot(inspector, photo):
     last = AttentionInspector("last", inspector.models[-2:])
     view = last.prepare_image(photo) | {"layer": 3, "head": 4, "query": 0, "gates": None}
@@ -193,7 +278,9 @@ def test_training_queue_is_fair_and_drops_absent_sessions(tmp_path, monkeypatch)
 import pathlib, sys, time
 run = pathlib.Path(sys.argv[sys.argv.index("--run") + 1])
 (run / "metrics.jsonl").write_text('{"epoch": 0}\\n')
-while not (run / "finish").exists(): time.sleep(0.02)
+while not (run / "finish").exists():
+    if (run / "crash").exists(): sys.exit(1)
+    time.sleep(0.02)
 """)
     monkeypatch.setattr(sessions, "SCRIPT", script)
     training_queue = sessions.TrainingQueue()
@@ -233,12 +320,22 @@ while not (run / "finish").exists(): time.sleep(0.02)
             training_queue.handle("f", "stop")
             assert training_queue.handle("f", "status")["state"] == "done"
             assert (training_queue.run_dirs["f"] / "first").exists()
+        training_queue.handle("f", "start")
+        (training_queue.run_dirs["f"] / "crash").touch()
+        wait_for("f", "failed")  # and the earlier run remains
+        assert (training_queue.run_dirs["f"] / "first").exists()
         training_queue.handle("g", "start")
         assert training_queue.handle("g", "stop") == {"state": "idle"}  # stopped before its first epoch: no failure
         kept = list(training_queue.folder.iterdir())
         assert len(kept) == sessions.MAX_KEPT_RUNS and "anna" not in training_queue.run_dirs
         states = [training_queue.handle(f"s{n}", "start")["state"] for n in range(sessions.MAX_QUEUE_LENGTH + 1)]
         assert states[-1] == "full"
+        for session in training_queue.last_seen:
+            training_queue.last_seen[session] -= sessions.CLIENT_TIMEOUT + 1  # all have closed the page
+        assert training_queue.handle("late", "start")["state"] == "training"
+        shutil.rmtree(training_queue.folder)  # as a cleaner of /tmp does
+        training_queue.handle("late", "stop")
+        assert training_queue.handle("later", "start")["state"] == "training"
         with pytest.raises(ValueError, match="letters and digits"):
             training_queue.handle("../../home", "start")
     finally:

@@ -1,4 +1,4 @@
-"""The images that the page offers: of the model's dataset where they can be read, else photos."""
+"""The page's example images: from the model's dataset if it can be read, else photos."""
 
 import contextlib
 import functools
@@ -10,6 +10,7 @@ from einops import rearrange
 from gradio.media import get_image
 from PIL import Image
 
+from convit_min import Grid
 from images import MIN_SIZE, center_crop
 from training.data import cifar_class
 from training.distributed import UserError
@@ -19,7 +20,7 @@ from viewer.limits import data_url, encode_image, load_upload
 
 PHOTOS = {"cheetah": "cheetah1.jpg", "lion": "lion.jpg", "bus": "bus.png", "tower": "tower.jpg"}  # part of Gradio
 MAX_EXAMPLES = 6
-PATCH = 4  # pixels; the squares of the patterns are aligned with it
+PATTERNS_GRID = 8, 8  # with which the squares of the patterns are aligned
 
 
 class Example(NamedTuple):
@@ -31,11 +32,13 @@ class Example(NamedTuple):
     target: tuple[int, ...] = ()  # patches that show what these have to find
 
 
-def load_examples(config: dict, run_dir: Path | None, classes: list[str]) -> dict[str, Example]:
-    """Example images by name, for a model of these classes that was trained with this config."""
+def load_examples(
+    config: dict, run_dir: Path | None, classes: list[str], grid: Grid = PATTERNS_GRID
+) -> dict[str, Example]:
+    """Example images by name, for a model of these classes and patches that was trained with this config."""
     dataset = config.get("dataset")
     if dataset == "patterns":
-        return pattern_examples(classes)
+        return pattern_examples(classes, grid)
     own = sorted(run_dir.glob("images/*.jpg")) if run_dir else []  # named after their classes
     photos = {name: Path(get_image(file)) for name, file in PHOTOS.items()}
     files = {file.stem: file for file in own} | photos
@@ -45,7 +48,7 @@ def load_examples(config: dict, run_dir: Path | None, classes: list[str]) -> dic
             names = test.classes[:MAX_EXAMPLES]
             images = [Image.fromarray(test.data[test.targets.index(label)]) for label in range(len(names))]
             return {name: Example(encode_image(image, "PNG"), name) for name, image in zip(names, images, strict=True)}
-        if dataset == "folder" and not own:
+        if dataset in ("folder", "imagenet") and not own:
             split = find_split(SimpleNamespace(**config), "test", SPLITS[1:])
             files = {name: paths[0] for name, paths in find_images(split).items()}
     examples = {}
@@ -56,20 +59,24 @@ def load_examples(config: dict, run_dir: Path | None, classes: list[str]) -> dic
     return examples or {name: Example(file.read_bytes()) for name, file in photos.items()}
 
 
-def pattern_examples(classes: list[str]) -> dict[str, Example]:
-    """The first test image of every texture: patches of the plain square, and of the texture of its color."""
+def pattern_examples(classes: list[str], grid: Grid) -> dict[str, Example]:
+    """The first test image of each texture. Queries are patches of the plain square, targets those of the texture.
+
+    On another grid than PATTERNS_GRID, there are neither.
+    """
     examples = {}
     for pixels, label in zip(*(part[:32] for part in patterns(2000, "test")), strict=True):
-        patches = rearrange(pixels, "c (Y p) (X q) -> (Y X) (p q) c", p=PATCH, q=PATCH)
+        patches = rearrange(pixels, "c (Y p) (X q) -> (Y X) (p q) c", Y=PATTERNS_GRID[0], X=PATTERNS_GRID[1])
         is_plain = (patches == patches[:, :1]).all(dim=(1, 2))
         has_color = (patches == patches[is_plain][0, 0]).all(dim=2).any(dim=1)
-        queries, target = (tuple(mask.nonzero()[:, 0].tolist()) for mask in (is_plain, has_color & ~is_plain))
+        masks = (is_plain, has_color & ~is_plain) if tuple(grid) == PATTERNS_GRID else ()
+        queries_and_target = [tuple(mask.nonzero()[:, 0].tolist()) for mask in masks]
         file = encode_image(Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy()), "PNG")
-        examples.setdefault(classes[label], Example(file, classes[label], queries, target))
+        examples.setdefault(classes[label], Example(file, classes[label], *queries_and_target))
     return examples
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def thumbnail(data: bytes) -> str:
     """A small version of an image file, as a data URL. Raises ValueError for what `load_upload` refuses."""
     small = center_crop(load_upload(data, MIN_SIZE), 96, 96)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from analysis import check_index
 from convit_min import ConViT, kernel_shape
-from viewer.inspector import DISPLAY_SIZE, AttentionInspector, open_run, read_records
+from viewer.inspector import DISPLAY_SIZE, AttentionInspector, open_run, read_records, worker
 from viewer.limits import encode_image, load_upload
 
 POSITION, CONTENT = "#d9730d", "#2f6fd0"  # as in page.css
@@ -49,8 +49,9 @@ def export_view(inspector: AttentionInspector, view: dict, animated: bool) -> by
 
 def draw_view(inspector: AttentionInspector, view: dict) -> Image.Image:
     """One frame: the image with the head's attention as lines, the layer's heads in kernel layout, and the gates."""
-    display = base64.b64decode(view["display"].partition(",")[2])
-    pixels = np.asarray(load_upload(display, DISPLAY_SIZE)) / 255  # the browser sends it back
+    display = load_upload(base64.b64decode(view["display"].partition(",")[2]), DISPLAY_SIZE)
+    display.thumbnail((DISPLAY_SIZE, DISPLAY_SIZE))  # the browser sends it back: it may be larger
+    pixels = np.asarray(display) / 255
     layer, head, query, gates, snapshot = (view[name] for name in ("layer", "head", "query", "gates", "snapshot"))
     heads = inspector.head_maps(view["pixels"], layer, snapshot, query, gates)
     check_index("head", head + 1, 1, len(heads))
@@ -119,7 +120,7 @@ def draw_gates(axes, models: list[ConViT], layer: int, head: int, snapshot: int,
     """Gate of every head of a layer over the epochs, on a logarithmic scale as on the page; crosses: changed gates."""
     epochs = [model.epoch for model in models]
     x = np.log1p([epoch or 0 for epoch in epochs])
-    gates = np.array([model.blocks[layer].attn.gate().tolist() for model in models])
+    gates = np.array(worker.submit(lambda: [model.blocks[layer].attn.gate().tolist() for model in models]).result())
     for index, values in enumerate(gates.T):
         axes.plot(x, values, color=GATE_COLORS(values[-1]), lw=3.5 if index == head else 1.3, marker="o", ms=3)
     for gate in changed or ():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, wraps
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +26,10 @@ from weights import open_model, snapshot_files
 DEMOS = {"patterns": "Find the match (synthetic)", "cifar10": "CIFAR-10 photos"}  # folder in demo/: title
 DISPLAY_SIZE = 384  # maximum side of a displayed image, in pixels
 CACHE_BYTES = 2**26  # content maps of a model kept in memory: about 30 images of demo/patterns, with all snapshots
+MAX_SNAPSHOTS = 16  # of a run that may still be training, see training/checkpoint.py
 TOP_CLASSES = 4
 worker = ThreadPoolExecutor(1)
+decoding = BoundedSemaphore(2)  # images at once: one of 20 megapixels takes 0.5 GB
 
 
 class Maps(NamedTuple):
@@ -54,26 +57,31 @@ class AttentionInspector:
         """Takes models of `open_model`; `open_run` and `open_weights` load files."""
         self.name, self.models, self.run_dir = name, models, run_dir
         self.config, self.classes = models[0].config, models[0].classes
-        self.train_config = read_json(run_dir, "config.json")
-        self.examples = load_examples(self.train_config, run_dir, self.classes)
+        self.examples = load_examples(read_json(run_dir, "config.json"), run_dir, self.classes, self.config.grid)
         bytes_per_image = self.config.depth * self.config.num_heads * math.prod(self.config.grid) ** 2
-        self._cached_maps = lru_cache(max(CACHE_BYTES // bytes_per_image, 2 * len(models)))(self._compute_maps)
+        snapshots = max(len(models), MAX_SNAPSHOTS if run_dir else 1)
+        self._cached_maps = lru_cache(max(CACHE_BYTES // bytes_per_image, 2 * snapshots))(self._compute_maps)
         self._opening = run_on_worker(lru_cache(maxsize=1)(self._find_opening))
+        self._started = first_written(snapshot_files(run_dir)) if run_dir else 0
 
     @run_on_worker
-    def refresh(self):
-        """Load the snapshots that the run has written since."""
-        if self.run_dir and self.run_dir.exists():
-            self.models += map(open_model, snapshot_files(self.run_dir)[len(self.models) :])
+    def refresh(self) -> "AttentionInspector":
+        """Load the snapshots that the run has written since; all of them if a new run has taken its folder."""
+        files = snapshot_files(self.run_dir) if self.run_dir else []
+        if first_written(files) not in (0, self._started):
+            self.__init__(self.name, list(map(open_model, files)), self.run_dir)
+        self.models += map(open_model, files[len(self.models) :])
+        return self
 
     def describe(self) -> dict:
         """Everything that the page shows without an image; gate and v_pos are per snapshot, layer, and head.
 
         Gates and v_pos of self-attention layers are None.
         """
-        models = list(self.models)  # refresh may be appending
-        fraction = self.train_config["data_fraction"] if self.train_config.get("scale_epochs") else 1
+        models, config = list(self.models), read_json(self.run_dir, "config.json")  # a resumed run may have more epochs
+        fraction = config["data_fraction"] if config.get("scale_epochs") else 1
 
+        @run_on_worker  # where gates are replaced for the duration of a forward pass
         def per_layer(statistic: Callable[[GPSA], Tensor]) -> list:
             return [[statistic(block.attn).tolist() if isinstance(block.attn, GPSA) else None for block in model.blocks]
                     for model in models]  # fmt: skip
@@ -84,12 +92,12 @@ class AttentionInspector:
             "kernel": kernel_shape(self.config.num_heads),
             "classes": self.classes,
             "epochs": [model.epoch for model in models],
-            "last_epoch": max(models[-1].epoch or 0, round(self.train_config.get("epochs", 0) / fraction)),
+            "last_epoch": max(models[-1].epoch or 0, round(config.get("epochs", 0) / fraction)),
             "gate": per_layer(GPSA.gate),
             "v_pos": per_layer(lambda attn: attn.pos_proj.weight),
             "curves": self.curves(),
             "masking": read_json(self.run_dir, "masking.json"),
-            "recipe": {name: self.train_config.get(name) for name in ("dataset", "gate_lr_scale", "seed")},
+            "recipe": {name: config.get(name) for name in ("dataset", "gate_lr_scale", "seed")},
             "uniform": analysis.uniform_non_locality(self.config.grid),
             "examples": [
                 {"name": name, "thumbnail": thumbnail(data), "label": label, "queries": queries, "target": target}
@@ -136,11 +144,12 @@ class AttentionInspector:
         Returns data URLs for `display` and for the `input` of the model, and the `pixels` that other methods take.
         Raises ValueError, with a message for the user, if the file is not an image or is too large.
         """
-        image, crop_pct = load_upload(file, decode_size(*self.config.image_shape)), self.models[-1].crop_pct
-        cropped = center_crop(image, *self.config.image_shape, crop_pct)
-        rows, columns = self.config.grid
+        (rows, columns), crop_pct = self.config.grid, self.models[-1].crop_pct
         patch_side = max(DISPLAY_SIZE // max(rows, columns), 1)  # a whole number of pixels
-        display = center_crop(image, rows * patch_side, columns * patch_side, crop_pct)
+        with decoding:
+            image = load_upload(file, decode_size(*self.config.image_shape))
+            cropped = center_crop(image, *self.config.image_shape, crop_pct)
+            display = center_crop(image, rows * patch_side, columns * patch_side, crop_pct)
         return {
             "display": data_url(encode_image(display, "JPEG", quality=90), "jpeg"),
             "input": data_url(encode_image(cropped, "PNG"), "png"),
@@ -264,9 +273,17 @@ def open_demos() -> dict[str, AttentionInspector]:
     return {name: open_run(folder / name, title) for name, title in DEMOS.items()}
 
 
+def first_written(files: list[Path]) -> int:
+    """When the first snapshot was written, in nanoseconds; 0 if there are none."""
+    return files[0].stat().st_mtime_ns if files else 0
+
+
 def read_json(run_dir: Path | None, name: str) -> dict:
-    """The content of a JSON file of a run; empty if it is missing."""
-    return json.loads((run_dir / name).read_text()) if run_dir and (run_dir / name).exists() else {}
+    """The content of a JSON file of a run; empty if it is missing. Raises ValueError if it is damaged."""
+    try:
+        return json.loads((run_dir / name).read_text()) if run_dir and (run_dir / name).exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{run_dir.name}/{name} is damaged ({error})") from error
 
 
 def read_records(run_dir: Path | None) -> list[dict]:

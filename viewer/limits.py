@@ -1,4 +1,4 @@
-"""What browsers send, within limits, and images in the form that they display."""
+"""Limits on uploads and requests, and the encodings in which images travel to the browser."""
 
 import base64
 import io
@@ -50,17 +50,20 @@ def encode_base64(data: bytes) -> str:
 
 
 def limit_requests(app: ASGIApp) -> ASGIApp:
-    """ASGI middleware that rejects large requests and uploads to Gradio's file cache, which the viewer does not use."""
+    """ASGI middleware that rejects large requests, and those whose content Gradio would write to disk."""
 
     async def limited(scope: Scope, receive: Receive, send: Send):
         rejection = None
-        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            length = dict(scope["headers"]).get(b"content-length", b"")
+        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/deep_link"):
+            rejection = PlainTextResponse("Deep links are disabled.", 403)
+        elif scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            headers = dict(scope["headers"])
+            length = headers.get(b"content-length", b"")
             if not length.isdigit():
                 rejection = PlainTextResponse("Content-Length required.", 411)
             elif int(length) > MAX_REQUEST_BYTES:
                 rejection = PlainTextResponse("Request too large.", 413)
-            elif scope["path"].rstrip("/").endswith("/upload"):
+            elif headers.get(b"content-type", b"").lower().startswith(b"multipart/"):
                 rejection = PlainTextResponse("File uploads are disabled.", 403)
         await (rejection or app)(scope, receive, send)
 

@@ -11,6 +11,7 @@ import argparse
 import gzip
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from viewer.inspector import AttentionInspector, open_demos
@@ -72,7 +73,10 @@ def main():
         prog="python -m viewer.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
-    publish(open_demos(), parser.parse_args().folder)
+    try:
+        publish(open_demos(), parser.parse_args().folder)
+    except OSError as error:
+        sys.exit(f"viewer.publish: {error}")
 
 
 if __name__ == "__main__":

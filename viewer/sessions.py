@@ -30,6 +30,7 @@ class TrainingQueue:
         self.run_dirs: dict[str, Path] = {}  # the run of every session that has trained, the latest start last
         self.process: subprocess.Popen | None = None  # of the first session in the queue
         self.earlier_run: Path | None = None  # of that session, until the new one has finished an epoch
+        self.failed: set[str] = set()  # sessions whose last run has crashed
         self.started = 0.0
         self.lock = RLock()
 
@@ -37,19 +38,23 @@ class TrainingQueue:
         """Apply a session's action ("start", "stop" or "status") and return its status.
 
         The status has a `state`: "idle", "full", "waiting" (with `position`, the number of sessions ahead), "training"
-        (with `seconds_left`, or None), "done" or "failed". "training" and "done" also have `epoch` and `epochs`.
+        (with `seconds_left`, or None), "done" or "failed". The last three also have `epoch` (the last one that is
+        finished, or -1) and `epochs`.
         """
         if not (isinstance(session, str) and session.isalnum() and len(session) <= 40):
             raise ValueError("a session id has up to 40 letters and digits")
         with self.lock:
+            if session in self.queue:
+                self.last_seen[session] = time.monotonic()
+            self._advance()  # first, so that absent sessions do not keep the queue full
             if action == "start" and session not in self.queue:
                 if len(self.queue) >= MAX_QUEUE_LENGTH:
                     return self._status(session) | {"state": "full"}
                 self.queue.append(session)
+                self.last_seen[session] = time.monotonic()
+                self.failed.discard(session)
             elif action == "stop" and session in self.queue:
                 self._remove(session)
-            if session in self.queue:
-                self.last_seen[session] = time.monotonic()
             self._advance()
             return self._status(session)
 
@@ -70,8 +75,10 @@ class TrainingQueue:
             self._start(self.queue[0])
 
     def _start(self, session: str):
+        self.folder.mkdir(mode=0o700, exist_ok=True)  # /tmp may have been cleaned
+        run_dir = Path(tempfile.mkdtemp(dir=self.folder))  # a new path for every run: app.py caches models by path
         self.earlier_run = self.run_dirs.pop(session, None)
-        run_dir = self.run_dirs[session] = Path(tempfile.mkdtemp(dir=self.folder))  # never used before: see app.py
+        self.run_dirs[session] = run_dir
         command = ["nice", sys.executable, SCRIPT, *RECIPE, "--epochs", str(EPOCHS), "--run", run_dir]
         env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # idle threads leave the cores to the server
         quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
@@ -86,12 +93,13 @@ class TrainingQueue:
 
     def _remove(self, session: str):
         if self.process and session == self.queue[0]:
-            is_stopped = self.process.poll() is None
+            if self.process.poll():  # neither running nor finished
+                self.failed.add(session)
             self._stop_process()
             count = len(self._records(session))
             if count < 2 and self.earlier_run:
                 self.run_dirs[session], self.earlier_run = self.earlier_run, self.run_dirs[session]
-            elif count == 0 and is_stopped:  # it has not failed
+            elif count == 0 and session not in self.failed:
                 self.earlier_run = self.run_dirs.pop(session)
             if self.earlier_run:
                 shutil.rmtree(self.earlier_run, ignore_errors=True)
@@ -100,6 +108,7 @@ class TrainingQueue:
         finished = [session for session in self.run_dirs if session not in self.queue]
         for session in finished[:-MAX_KEPT_RUNS]:
             shutil.rmtree(self.run_dirs.pop(session), ignore_errors=True)
+        self.failed &= self.run_dirs.keys()
 
     def _records(self, session: str) -> list[dict]:
         """Metrics of the finished epochs of a session's run, and of epoch 0 before training."""
@@ -117,6 +126,6 @@ class TrainingQueue:
                 left = (last_epoch - self.started) / count * (EPOCHS + 1 - count) - (time.time() - last_epoch)
                 left = max(round(left), 0)
             return {"state": "training", "seconds_left": left} | progress
-        if count == 0:
-            return {"state": "failed" if session in self.run_dirs else "idle"}
-        return {"state": "done"} | progress
+        if session in self.failed:
+            return {"state": "failed"} | progress
+        return {"state": "done"} | progress if count else {"state": "idle"}

@@ -29,7 +29,7 @@ async function train(action) {
   const { state: phase, epoch } = status;
   const busy = phase === "waiting" || phase === "training";
   state.hasOwn = epoch >= 0;
-  state.stopped = phase === "done";
+  state.stopped = !busy;
   showStatus(status, busy);
   if (epoch > shownEpoch && (isOwn() || (isFollowed && busy && shownEpoch < 0))) {
     const shown = isOwn() ? await loadNewSnapshots() : await showModel(SESSION, "");
@@ -54,7 +54,7 @@ function showStatus({ state: phase, position, epoch, epochs, seconds_left: secon
         + (isOwn() ? " Its gates are shown live." : ""),
     done: (epoch < epochs ? "Stopped. " : "Done. ") + (isOwn()
       ? "Use the slider above to go through its training." : "Select “Your tiny model” above."),
-    failed: "Training failed before its first epoch; please try again.",
+    failed: "Training failed; please try again.",
   }[phase];
   render(".training", html`<p>${message}</p>
     <button class="${busy ? "train-stop" : "train"}">${busy ? "Stop" : "Train"}</button>
