@@ -28,6 +28,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import:
 import gradio as gr
 import torch
 from starlette.middleware import Middleware
+from starlette.responses import Response
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
@@ -38,11 +39,21 @@ from viewer.inspector import AttentionInspector, open_demos, open_run, open_weig
 from viewer.limits import data_url, limit_requests, load_upload
 from viewer.sessions import MAX_KEPT_RUNS, TrainingQueue
 
+
+class PageFiles(StaticFiles):
+    """Files that browsers revalidate at every visit: after an update, old modules would not fit the new page."""
+
+    def file_response(self, *args, **kwargs) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["cache-control"] = "no-cache"
+        return response
+
+
 WEB = Path(__file__).parent / "viewer" / "web"
 M_MMAP_THRESHOLD = -3  # in malloc.h
 LAUNCH_OPTIONS = {
     "footer_links": [],
-    "app_kwargs": {"middleware": [Middleware(limit_requests)], "routes": [Mount("/web", StaticFiles(directory=WEB))]},
+    "app_kwargs": {"middleware": [Middleware(limit_requests)], "routes": [Mount("/web", PageFiles(directory=WEB))]},
     "prevent_thread_lock": True,
     "quiet": True,
     "run_history": False,

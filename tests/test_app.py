@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,10 @@ def brightest(pixels: str) -> int:
 
 
 def image(page) -> str:
-    return page.evaluate("document.querySelector('.image').toDataURL()")
+    """What the large image shows: its background, overlay, and lines."""
+    return page.evaluate("""(() => { const image = document.querySelector(".image");
+        return [getComputedStyle(image).backgroundImage, image.querySelector("canvas").toDataURL(),
+            image.querySelector(".lines").innerHTML].join(); })()""")
 
 
 def canvas_pixels(page, selector: str) -> np.ndarray:
@@ -117,14 +121,17 @@ def show_last_snapshot(page):
 def test_initial_view_shows_nine_kernel_taps(page):
     assert gates(page) == [0.731] * 9
     assert page.locator(".epoch").inner_text() == "0"
-    assert "every head of layer 5 looks mostly near the framed patch" in page.locator(".caption").inner_text()
+    assert "every head of layer 5 looks mostly at neighbors" in page.locator(".caption").inner_text()
     centers = [brightest(pixels) for pixels in maps(page, "position")]
     assert centers == [(4 + head % 3 - 1) * 8 + 4 + head // 3 - 1 for head in range(9)]
     cards = page.eval_on_selector_all("[data-head]", "cards => cards.map(card => Number(card.dataset.head))")
     assert cards == [0, 3, 6, 1, 4, 7, 2, 5, 8]  # kernel layout: rows look up, at the query, down
     assert page.locator(".head .arrow").all_inner_texts() == list("↖↑↗←•→↙↓↘")
-    pixels = canvas_pixels(page, ".image")
-    assert pixels.shape == (640, 640, 3) and pixels.std() > 20  # an image is loaded
+    page.mouse.move(0, 0)
+    with Image.open(io.BytesIO(page.locator(".image").screenshot())) as shown:
+        colors = np.asarray(shown.convert("RGB")).astype(int)
+    assert colors.std() > 20  # a photo, and on it the orange of position, in lines from the framed patch
+    assert page.locator(".lines line").count() > 4 and (colors[..., 0] - colors[..., 2] > 150).any()
 
 
 def test_query_follows_hover_click_lock_and_arrow_keys(page):
@@ -137,6 +144,7 @@ def test_query_follows_hover_click_lock_and_arrow_keys(page):
     assert query(page) == 21  # locked
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Control+ArrowLeft")  # of the browser
     assert query(page) == 28 and brightest(maps(page, "position")[4]) == 28
     page.locator(".image").click(position=patch(page, 3, 4))  # a second click unlocks
     page.locator(".image").hover(position=patch(page, 0, 0))
@@ -155,7 +163,7 @@ def test_play_step_and_reset_change_gates_and_maps(page):
     assert "Play" in page.locator(".play").inner_text()
     assert max(gates(page)) - min(gates(page)) > 0.1 and maps(page) != before  # training has separated the heads
     assert "head 5 of layer 5 attends more by content" in page.locator(".caption").inner_text()
-    assert "test accuracy" in page.locator(".accuracy").inner_text()
+    assert page.locator(".accuracy").inner_text() == "accuracy 84.1%"
     for row in page.locator(".prediction > div").all():
         filled = row.locator(".fill").bounding_box()["width"] / row.locator(".track").bounding_box()["width"]
         assert filled == pytest.approx(float(row.locator("span").last.inner_text().rstrip("%")) / 100, abs=0.02)
@@ -171,11 +179,11 @@ def test_selected_head_is_highlighted_everywhere(page):
     page.wait_for_function("convit.state.head === 4")
     assert maps(page, "content") != content_before  # another layer
     assert page.locator(".head.selected").get_attribute("data-head") == "4"
-    assert page.locator(".layer-chart polyline.selected").get_attribute("data-curve") == "4"
+    assert page.locator(".run-charts polyline.selected").get_attribute("data-curve") == "4"
     assert page.locator(".gate-heatmap .selected").get_attribute("data-cell") == "4"
     assert image(page) != image_before  # overlaid with its map
     page.locator("[data-head='2']").hover()
-    assert page.locator(".layer-chart polyline.selected").get_attribute("data-curve") == "2"
+    assert page.locator(".run-charts polyline.selected").get_attribute("data-curve") == "2"
     page.locator("[data-head='3'] .select-head").click()
     assert page.locator(".hero-title").inner_text().endswith("layer 2, head 4")
 
@@ -322,6 +330,26 @@ def test_a_model_is_shown_as_it_was_left(page):
     assert page.locator(".epoch").inner_text() == "30" and page.evaluate("convit.state.head") == 2
 
 
+def test_failed_switch_of_models_can_be_repeated(own_page):
+    """Meanwhile, the controls of the model that was left do nothing."""
+    page, requests = own_page, []
+
+    def fail_once(route):
+        if '"prepare_image"' in route.request.post_data and not requests:
+            requests.append(route.request.post_data)
+            return route.abort()
+        return route.continue_()
+
+    page.route("**/component_server/", fail_once)
+    page.locator("[data-model=patterns]").click()
+    page.wait_for_selector("text=The server is not responding; please try again.")
+    assert page.locator("[data-model=patterns]").get_attribute("aria-pressed") == "true"
+    assert page.evaluate("['.heads', '.gate-heatmap', '.exports'].every(part => document.querySelector(part).inert)")
+    page.locator("[data-model=patterns]").click()
+    page.wait_for_function("convit.state.maps")
+    assert page.evaluate("!document.querySelector('.heads').inert") and page.locator(".error").inner_text() == ""
+
+
 def test_verdicts_and_facts(page):
     show_last_snapshot(page)
     page.locator("[data-example=cat]").click()
@@ -358,8 +386,12 @@ def test_training_curves_share_the_epoch_with_the_heads(page):
     expected = np.array([record["heads"]["gate"][2][4] for record in metrics])
     assert np.corrcoef(heights, expected)[0, 1] < -0.999  # the y axis of an SVG points down
     box = page.locator(".gate-charts svg").first.bounding_box()
-    page.mouse.click(box["x"] + 0.8 * box["width"], box["y"] + 40)
-    assert page.evaluate("convit.state.snapshot") == int(page.locator(".snapshot").get_attribute("max"))
+    last = int(page.locator(".snapshot").get_attribute("max"))
+    for epoch, nearest in ((30, last), (18, last), (17, last - 1)):  # the axis is logarithmic: 10 and 30 meet at 17.5
+        x = (30 + 188 * math.log1p(epoch) / math.log1p(30)) / 270
+        page.mouse.click(box["x"] + x * box["width"], box["y"] + 40)
+        assert page.evaluate("convit.state.snapshot") == nearest
+    show_last_snapshot(page)
     page.keyboard.press("Tab")
     page.get_by_role("tab", name="Watch heads escape").click()
     assert gates(page) != [0.731] * 9
@@ -377,8 +409,8 @@ def test_kernel_tab_filters_like_a_soft_convolution(page):
     page.locator(".strength").fill("0")
     mean = canvas_pixels(page, ".filtered").reshape(8, 48, 8, 48, 3)
     assert np.ptp(mean, axis=(0, 2)).max() <= 1  # every patch is the mean of all patches
-    box = page.locator(".kernel-map").bounding_box()
-    side = (box["width"] - 60 * box["width"] / 400) / 8
+    box = page.locator(".kernel-map .map").bounding_box()
+    side = box["width"] / 8
     page.mouse.move(box["x"] + box["width"] - 3.5 * side, box["y"] + box["height"] - 3.5 * side)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] - 1.5 * side, box["y"] + box["height"] - 2.5 * side)
@@ -395,8 +427,15 @@ def test_kernel_tab_filters_like_a_soft_convolution(page):
     page.locator(".copy-head").click()
     note = page.locator(".copied-head").inner_text()
     assert (
-        "Head 5 of layer 4 at epoch 30" in note and "Its gate is 0.07, so 93% of its attention goes by content" in note
+        "Head 5 of layer 4 at epoch 30" in note
+        and "Its gate is 0.07, so 93% of its attention comes from content" in note
     )
+    page.get_by_role("tab", name="Watch heads escape").click()
+    page.locator("[data-layer='1'][data-cell='4']").click()
+    page.wait_for_function("convit.state.layer === 1")
+    page.get_by_role("tab", name="Attention as convolution").click()
+    page.locator(".copy-head").click()
+    assert page.locator(".strength-value").inner_text() == "-0.04"  # this head avoids its center
 
 
 def test_upload_by_button_drop_and_paste(page, tmp_path):
@@ -568,9 +607,9 @@ def test_training_on_the_page_queues_sessions_and_shows_snapshots(own_page, brow
     page.wait_for_selector("text=Its gates are shown live", timeout=90_000)
     page.wait_for_function("convit.state.model.name === 'your tiny model' && convit.state.maps")
     assert gates(page) == [0.731] * 9 and page.locator("[data-example=checks]").count() == 1
-    assert "training, epoch 0 of 7" in page.locator(".growing").inner_text()
+    assert "epoch 0 of 7 so far" in page.locator(".growing").inner_text()
     page.locator(".train-stop").click()
-    page.wait_for_selector("text=Stopped. Use the slider above to go through its training.")
+    page.wait_for_selector("text=Stopped. Play its training under “Your tiny model” above.")
     page.wait_for_function("location.hash.includes('model=trained-here')")
     assert page.locator(".growing").inner_text() == ""
     page.reload()

@@ -66,8 +66,8 @@ def oblong(tmp_path_factory) -> Path:
     (run / "config.json").write_text(json.dumps(config))
     add_epoch(run, perturb(model), 1)
     plain = run.parent / "plain ViT"
-    for other in (plain, run.parent / "again" / run.name):
-        add_epoch(other, ConViT(dataclasses.replace(OBLONG, gpsa_layers=0)).eval(), 0)
+    add_epoch(plain, ConViT(dataclasses.replace(OBLONG, gpsa_layers=0)).eval(), 0)
+    add_epoch(run.parent / "again" / run.name, ConViT(dataclasses.replace(OBLONG, conv_init=False)).eval(), 0)
     return run
 
 
@@ -85,7 +85,8 @@ def test_non_square_grid_and_run_in_progress(browser, server, oblong):
         assert cards == [0, 2, 4, 1, 3, 5]
         assert "<img" in page.locator(".prediction").inner_text() or "a & b" in page.locator(".prediction").inner_text()
         assert page.locator(".prediction img, .models b, .facts b").count() == 0
-        assert page.locator(".growing").inner_text() == "training, epoch 1 of 4"
+        assert page.locator(".growing").inner_text() == "epoch 1 of 4 so far"
+        assert "test" not in page.locator(".bar, .score-charts").all_inner_texts()  # it may be a validation set
         page.locator(".snapshot").fill("1")
         page.locator(".layer").select_option(label="2")
         page.wait_for_function("convit.state.layer === 1")
@@ -111,6 +112,11 @@ def test_non_square_grid_and_run_in_progress(browser, server, oblong):
         page.wait_for_function("convit.state.snapshot === 2")  # a view of the last snapshot stays on the last one
 
         page.get_by_role("tab", name="Watch heads escape").click()
+        assert page.locator(".arrow").count() == 6
+        page.locator("[data-model^=again]").click()  # whose heads do not start at the taps of a kernel
+        page.wait_for_function("convit.state.key.startsWith('again') && convit.state.maps")
+        assert page.locator(".head").count() == 6 and page.locator(".arrow").count() == 0
+        assert "looks mostly at fixed offsets" in page.locator(".caption").inner_text()
         page.locator("[data-model='plain ViT']").click()
         page.wait_for_function("convit.state.key === 'plain ViT' && convit.state.maps")
         assert "no head has a gate or a position map" in page.locator(".heatmap-summary").inner_text()
@@ -135,6 +141,9 @@ def test_page_of_released_weights(browser, tmp_path):
         facts = page.locator(".facts").inner_text()
         assert "convit_tiny" in facts and "14 × 14 patches, 1000 classes" in facts
         assert page.evaluate("convit.state.model.classes[207]") == "golden retriever"
+        page.locator("[data-example=bus]").click()
+        page.wait_for_function("convit.state.example === 'bus'")
+        assert "not one of" not in page.locator(".verdict").inner_text()  # ImageNet has a minibus
         page.locator(".layer").select_option(label="10")
         page.wait_for_function("convit.state.layer === 9")
         assert page.locator(".heads-title").inner_text() == "The 4 heads of layer 10"
@@ -282,6 +291,9 @@ def test_server_exposes_no_files_and_limits_requests(server, oblong):
             with pytest.raises(urllib.error.HTTPError) as response:
                 urllib.request.urlopen(server + route + urllib.parse.quote(path))
             assert response.value.code in (403, 404, 405, 422)
+
+    page = urllib.request.urlopen(f"{server}/web/main.js")
+    assert page.headers["cache-control"] == "no-cache"  # after an update, old modules would not fit the new page
 
     def status(path: str, headers: dict) -> int:
         connection = http.client.HTTPConnection(host, int(port), timeout=20)

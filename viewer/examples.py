@@ -20,6 +20,7 @@ from viewer.limits import data_url, encode_image, load_upload
 
 PHOTOS = {"cheetah": "cheetah1.jpg", "lion": "lion.jpg", "bus": "bus.png", "tower": "tower.jpg"}  # part of Gradio
 MAX_EXAMPLES = 6
+CIFAR = "cifar10", "cifar100"
 PATTERNS_GRID = 8, 8  # with which the squares of the patterns are aligned
 
 
@@ -27,7 +28,7 @@ class Example(NamedTuple):
     """An image that the page offers."""
 
     data: bytes  # of an image file
-    label: str | None = None  # its class, where the model knows it
+    label: str | None = None  # its class; "" if it is none of the model's, None if that is unknown
     queries: tuple[int, ...] = ()  # patches of interest
     target: tuple[int, ...] = ()  # patches that show what these have to find
 
@@ -43,7 +44,7 @@ def load_examples(
     photos = {name: Path(get_image(file)) for name, file in PHOTOS.items()}
     files = {file.stem: file for file in own} | photos
     with contextlib.suppress(UserError, RuntimeError):  # where the dataset is missing or damaged, photos remain
-        if dataset in ("cifar10", "cifar100") and not own:
+        if dataset in CIFAR and not own:
             test = cifar_class(dataset)(config["data_dir"], train=False)
             names = test.classes[:MAX_EXAMPLES]
             images = [Image.fromarray(test.data[test.targets.index(label)]) for label in range(len(names))]
@@ -55,7 +56,7 @@ def load_examples(
     for name, file in list(files.items())[:MAX_EXAMPLES]:
         with contextlib.suppress(ValueError, OSError):  # unreadable, or larger than uploads may be
             thumbnail(data := file.read_bytes())  # cached for the page
-            examples[name] = Example(data, name if name in classes else None)
+            examples[name] = Example(data, name if name in classes else "" if own or dataset in CIFAR else None)
     return examples or {name: Example(file.read_bytes()) for name, file in photos.items()}
 
 

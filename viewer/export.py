@@ -62,7 +62,7 @@ def draw_view(inspector: AttentionInspector, view: dict) -> Image.Image:
     left, center, right = figure.add_gridspec(
         1, 3, width_ratios=[1.1, 1, 0.9], wspace=0.1, left=0.015, right=0.985, top=0.86, bottom=0.11)  # fmt: skip
     moment = inspector.name if epoch is None else f"epoch {epoch}"
-    measured = "" if accuracy is None else f": test accuracy {accuracy:.0f}%"
+    measured = "" if accuracy is None else f": accuracy {accuracy:.0f}%"
     title = moment + (" (gates changed by hand)" if gates else measured)
     figure.suptitle(title, x=0.015, y=0.98, ha="left", fontsize=15, weight="bold")
     axes = figure.add_subplot(left)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 import analysis
-from convit_min import GPSA, ConViT, kernel_shape
+from convit_min import GPSA, ConViT, HeadAttention, kernel_shape
 from images import center_crop, decode_size, normalize
 from viewer.examples import load_examples, thumbnail
 from viewer.limits import data_url, encode_base64, encode_image, load_upload
@@ -37,6 +37,7 @@ class Maps(NamedTuple):
 
     content: list[bytes]  # of every layer (h n n): 255 C / peak, between patches
     peak: Tensor  # l h: maximum of each head's content maps
+    distances: Tensor  # l h 2: mean attention distance of each head's content maps, and of its position maps
     probabilities: Tensor  # one per class
 
 
@@ -166,6 +167,7 @@ class AttentionInspector:
         return {
             "content": [encode_base64(maps.content[layer]) for maps in snapshots],
             "peaks": [maps.peak[layer].tolist() for maps in snapshots],
+            "distances": [maps.distances[layer].tolist() for maps in snapshots],
             "predictions": [self._top_classes(maps.probabilities, maps.probabilities) for maps in snapshots],
         }
 
@@ -180,6 +182,7 @@ class AttentionInspector:
         return {
             "content": encode_base64(after.content[layer]),
             "peaks": after.peak[layer].tolist(),
+            "distances": after.distances[layer].tolist(),
             "predictions": self._top_classes(before.probabilities, after.probabilities),
         }
 
@@ -220,8 +223,15 @@ class AttentionInspector:
         logits, attention = self._forward(pixel_bytes, model, gates)
         content = torch.stack([self._between_patches(layer.content[0]) for layer in attention])  # l h n n
         peak = content.amax(dim=(2, 3))
+        distances = torch.stack([self._mean_distances(layer) for layer in attention])
         quantized = content.mul_(255 / peak[..., None, None]).round_().byte()
-        return Maps([layer.numpy().tobytes() for layer in quantized], peak, logits[0].softmax(dim=0))
+        return Maps([layer.numpy().tobytes() for layer in quantized], peak, distances, logits[0].softmax(dim=0))
+
+    def _mean_distances(self, layer: HeadAttention) -> Tensor:
+        """Mean attention distance of each head's content map and position map (h 2)."""
+        maps = layer.content, layer.content if layer.position is None else layer.position[None]
+        distances = [analysis.non_locality(layer._replace(mixed=one), self.config.grid) for one in maps]
+        return torch.stack(distances, dim=1)
 
     @torch.inference_mode()
     def _forward(self, pixel_bytes: bytes, model: ConViT, gates: list | None = None) -> tuple[Tensor, list]:

@@ -64,7 +64,7 @@ def image_answers(inspector: AttentionInspector, name: str, data: bytes) -> dict
         answers[f"{name}-{layer}"] = inspector.layer_maps(image["pixels"], layer)
         for pin in (0, 1):
             gates = [[pin] * config.num_heads] * config.depth
-            answers[f"{name}-{layer}-{pin}"] = inspector.recompute(image["pixels"], layer, last, gates)
+            answers[f"{name}-{layer}-{last}-{pin}"] = inspector.recompute(image["pixels"], layer, last, gates)
     return answers
 
 

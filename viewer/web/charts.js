@@ -1,23 +1,24 @@
 // Line charts over epochs, as SVG.
 
 import { html } from "./dom.js";
-import { clamp } from "./maps.js";
 
 const WIDTH = 270, HEIGHT = 160;
 const LEFT = 30, RIGHT = 218, TOP = 8, BOTTOM = 138; // edges of the plot
 const LABEL_HEIGHT = 12;
 const TICKS = [0, 1, 3, 10, 30, 100, 300]; // of the epoch axis, which is logarithmic
 
+const xOf = (epoch, lastEpoch) =>
+  LEFT + ((RIGHT - LEFT) * Math.log1p(epoch)) / Math.log1p(Math.max(lastEpoch, 1));
 const formatTick = (value) => value.toFixed(Math.abs(value) < 10 && value % 1 ? 1 : 0);
 
 // series: [{ epochs, values (null: missing), color, width, dash, head, name, label (at the end of
 // the line) }]; references: [{ value, label }], horizontal lines.
 export function chart({ title, series, references = [], high, lastEpoch, cursor }) {
-  const span = Math.log1p(Math.max(lastEpoch, 1));
-  const x = (epoch) => LEFT + ((RIGHT - LEFT) * Math.log1p(epoch)) / span;
+  const x = (epoch) => xOf(epoch, lastEpoch);
   const y = (value) => BOTTOM - ((BOTTOM - TOP) * value) / high;
   const text = (left, top, anchor, label, color = "var(--ink)") => html`<text x="${left}" y="${top}"
-    text-anchor="${anchor}" style="fill: ${color}">${label}</text>`;
+    text-anchor="${anchor}" style="fill: color-mix(in oklab, ${color} 50%, var(--ink))"
+    >${label}</text>`;
   const line = (kind, x1, y1, x2, y2) =>
     html`<line class="${kind}" x1="${x1}" y1="${y1}" x2="${x2}" y2="${y2}"/>`;
   const horizontal = (kind, value) => line(kind, LEFT, y(value), RIGHT, y(value));
@@ -62,11 +63,11 @@ function spread(labels) {
   return labels;
 }
 
-// The epoch at a click into a chart.
-export function epochAt({ target, clientX }) {
+// The index of the epoch that is drawn nearest to a click into a chart.
+export function nearestEpoch(epochs, { target, clientX }) {
   const svg = target.closest("svg");
   const box = svg.getBoundingClientRect();
-  const left = ((clientX - box.left) / box.width) * WIDTH - LEFT;
-  const span = Math.log1p(Math.max(svg.dataset.lastEpoch, 1));
-  return Math.expm1(clamp(left / (RIGHT - LEFT), 0, 1) * span);
+  const x = ((clientX - box.left) / box.width) * WIDTH;
+  const gaps = epochs.map((epoch) => Math.abs(xOf(epoch, svg.dataset.lastEpoch) - x));
+  return gaps.indexOf(Math.min(...gaps));
 }

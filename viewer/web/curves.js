@@ -28,7 +28,7 @@ function runChart(runs, title, high, series, references) {
 }
 
 const accuracyChart = (runs, title) =>
-  runChart(runs, title, 100, runSeries(runs, "test_accuracy", 2.2, "test"));
+  runChart(runs, title, 100, runSeries(runs, "test_accuracy", 2.2, "eval"));
 
 // The heads of a layer, and their mean in every run or else labels of the heads that leave.
 function layerChart(runs, metric, layer, title, areLabeled = false) {
@@ -48,10 +48,9 @@ function layerChart(runs, metric, layer, title, areLabeled = false) {
 
 export function drawCurves() {
   const { curves, other_curves: others } = state.model;
-  const number = state.layer + 1;
-  render(".layer-chart", curves && hasGates()
-    ? layerChart([curves], "gate", state.layer, `Gates of layer ${number}`, true) : "");
-  render(".score-chart", curves ? accuracyChart([curves], "Test accuracy (%)")
+  const title = `Gates of layer ${state.layer + 1}`;
+  const gates = curves && hasGates() ? layerChart([curves], "gate", state.layer, title, true) : "";
+  render(".run-charts", curves ? [gates, accuracyChart([curves], "Accuracy (%)")]
     : html`<p class="hint">No training history for these weights.</p>`);
   if (state.tab !== "curves") return;
   find(".no-curves").hidden = curves !== null;
@@ -63,9 +62,9 @@ export function drawCurves() {
   render(".distance-charts", allLayers().map((layer) => layerChart(runs, "non_locality", layer,
     `layer ${layer + 1}${hasGates(layer) ? "" : " (self-attention)"}`)));
   const losses = runs.flatMap((run) => [...run.test_loss, ...run.train_loss]);
-  const series = [...runSeries(runs, "test_loss", 2.2, "test"),
+  const series = [...runSeries(runs, "test_loss", 2.2, "eval"),
     ...runSeries(runs, "train_loss", 1, "training")];
-  render(".score-charts", [accuracyChart(runs, "test accuracy (%)"),
+  render(".score-charts", [accuracyChart(runs, "accuracy (%)"),
     runChart(runs, "loss", Math.ceil(Math.max(...losses)), series)]);
   render(".run-names", runs.length === 1 ? "" : runs.map(({ name }, index) => html`<li
     ><svg viewBox="0 0 30 8" aria-hidden="true"><line x2="30" y1="4" y2="4" stroke-width="2.5"

@@ -1,10 +1,9 @@
 // The heads of a layer as small multiples, and the heatmap of all gates.
 
 import { find, findAll, html, render } from "./dom.js";
-import { hueOf, option } from "./hero.js";
-import { massThreshold, scaleOf } from "./maps.js";
-import { allHeads, allLayers, changedGate, gatedLayers, gateOf, hasGates, meanDistance,
-  numPatches, placeOf, shownKind, state } from "./state.js";
+import { paintMap, shade } from "./hero.js";
+import { allHeads, allLayers, changedGate, gatedLayers, gateOf, hasGates, meanDistance, shownKind,
+  startsLocal, state } from "./state.js";
 
 export const gateColor = (gate) =>
   `color-mix(in oklab, var(--position) ${(100 * gate).toFixed(1)}%, var(--content))`;
@@ -12,11 +11,11 @@ export const arrowOf = (right, down) => "↖↑↗←•→↙↓↘"[3 * (down 
 
 // One card per head, laid out as the taps: head h in row h % rows, column floor(h / rows).
 export function drawHeads() {
-  const { grid: [rows, columns], kernel: [kernelRows, kernelColumns] } = state.model;
+  const [kernelRows, kernelColumns] = state.model.kernel;
   const [number, isGated] = [state.layer + 1, hasGates()];
   render(".heads-title", `The ${allHeads().length} heads of layer ${number}`);
   render(".heads-hint", isGated
-    ? `Laid out as the taps of a convolution kernel${state.model.epochs[0] === 0
+    ? `Laid out as the taps of a convolution kernel${startsLocal()
       ? "; arrows show where heads look before training" : ""}.`
     : `Layer ${number} is plain self-attention: its heads have no gate and no position map.`);
   find(".heads").style.gridTemplateColumns = `repeat(${kernelColumns}, minmax(0, 1fr))`;
@@ -32,11 +31,10 @@ export function drawHeads() {
       <div class="head-line"><button class="select-head" aria-pressed="${head === state.head}"
         aria-label="select head ${head + 1}">head ${head + 1}</button>
         ${isGated ? arrowOfStart(head) : ""}</div>
-      <div class="map"><canvas width="${columns}" height="${rows}"></canvas>
-        <i style="width: ${100 / columns}%; height: ${100 / rows}%"></i></div>
+      <div class="map">${mapMarkup()}</div>
       ${isGated ? html`<label class="gate"><input type="range" min="0" max="1" step="0.01"
         value="${gate}" aria-label="gate of head ${head + 1}" aria-valuetext="${label}, ${side}"
-        ><output>${label}</output></label>` : ""}
+        ><b>${label}</b></label>` : ""}
       <div class="head-distance">looks <span class="distance">${distance}</span> patches away,
         max <span class="maximum">0</span></div></div>`;
   }));
@@ -44,7 +42,7 @@ export function drawHeads() {
 
 // Where a head looks before training, if that is known: the center of its position map.
 function arrowOfStart(head) {
-  if (state.model.epochs[0] !== 0) return "";
+  if (!startsLocal()) return "";
   const [x, y, curvature] = state.model.v_pos[0][state.layer][head];
   const [right, down] = [x, y].map((slope) => slope / (-2 * curvature))
     .map((center) => (Math.abs(center) > 0.25 ? Math.sign(center) : 0));
@@ -54,25 +52,21 @@ function arrowOfStart(head) {
     >${arrowOf(right, down)}</span>`;
 }
 
+// The map of a layer, one pixel per patch, and a frame around the query patch.
+export function mapMarkup() {
+  const [rows, columns] = state.model.grid;
+  return html`<canvas width="${columns}" height="${rows}"></canvas>
+    <i style="width: ${100 / columns}%; height: ${100 / rows}%"></i>`;
+}
+
 // What depends on the query patch. Runs on every mouse move: it must not cause a page layout.
 export function drawMaps(allMaps) {
-  const kind = shownKind();
-  const highest = allMaps.map((maps) => Math.max(...maps[kind]));
+  const highest = allMaps.map((maps) => Math.max(...maps[shownKind()]));
   const shared = find(".same-scale").checked ? Math.max(...highest) : 0;
-  const place = placeOf(state.query).map((index) => `${100 * index}%`);
-  find(".heads").style.setProperty("--query", `translate(${place})`);
   for (const card of findAll(".head")) {
     const head = Number(card.dataset.head);
-    const maps = allMaps[head];
-    const scale = scaleOf(Math.max(highest[head], shared), numPatches());
-    const threshold = massThreshold(maps[kind], option("mass"));
-    const canvas = card.querySelector("canvas");
-    const pixels = new ImageData(canvas.width, canvas.height);
-    maps[kind].forEach((value, key) => {
-      const alpha = value < threshold ? 0 : 255 * Math.sqrt(Math.min(1, value / scale));
-      pixels.data.set([...hueOf(maps, kind, key), alpha], 4 * key);
-    });
-    canvas.getContext("2d").putImageData(pixels, 0, 0);
+    paintMap(card.querySelector("canvas"), shade(allMaps[head], shared), ({ color, strength }) =>
+      [...color, 255 * strength]);
     card.querySelector(".maximum").firstChild.data = highest[head].toFixed(2);
   }
 }

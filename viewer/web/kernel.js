@@ -1,16 +1,15 @@
 // Tab 3: one head controlled by hand.
 
 import { find, html, on, onClick, render } from "./dom.js";
-import { arrowOf } from "./heads.js";
-import { patchSide, POSITION, strokeRect } from "./hero.js";
-import { axisAttention, clamp, scaleOf } from "./maps.js";
+import { arrowOf, mapMarkup } from "./heads.js";
+import { paintMap, POSITION } from "./hero.js";
+import { axisAttention, clamp, positionMap } from "./maps.js";
 import { centerPatch, currentEpoch, gateOf, hasGates, numPatches, placeOf,
   state } from "./state.js";
 
 const kernel = { right: 1, down: 0, strength: 1 };
 const SLIDERS = [["right", "right", -3.5, 3.5], ["down", "down", -3.5, 3.5],
-  ["strength", "locality strength α", 0, 4]];
-const MARGIN = 60; // pixels left of the map and above it, for its two factors
+  ["strength", "locality strength α", -1, 4]];
 const FILTERED_SIZE = 384; // pixels of the longer side of the filtered image
 
 export function bindKernel() {
@@ -40,47 +39,37 @@ function setKernel(values, note = "") {
 export function drawKernel() {
   if (state.tab !== "kernel" || !state.image) return;
   const { right, down, strength } = kernel;
-  const [slopeX, slopeY, curvature] = [2 * strength * right, 2 * strength * down, -strength];
+  const vPos = [2 * strength * right, 2 * strength * down, -strength];
   render(".kernel-sliders", SLIDERS.map(([name, label, min, max]) => html`<label>${label}
-    <output class="${name}-value">${kernel[name].toFixed(2)}</output>
+    <b class="${name}-value">${kernel[name].toFixed(2)}</b>
     <input class="${name}" type="range" min="${min}" max="${max}" step="0.05"
       value="${kernel[name]}" aria-label="${label}"></label>`));
-  const numbers = [slopeX, slopeY, curvature].map((value) => value.toFixed(2)).join(", ");
+  const numbers = vPos.map((value) => value.toFixed(2)).join(", ");
   render(".v-pos", `v_pos = α · (2 Δx, 2 Δy, −1) = (${numbers})`);
   const [rows, columns] = state.model.grid;
-  const horizontal = (query) => axisAttention(slopeX, curvature, query, columns);
-  const vertical = (query) => axisAttention(slopeY, curvature, query, rows);
-  drawMap(horizontal, vertical);
+  const horizontal = (query) => axisAttention(vPos[0], vPos[2], query, columns);
+  const vertical = (query) => axisAttention(vPos[1], vPos[2], query, rows);
+  drawMap(vPos, horizontal, vertical);
   drawFiltered(horizontal, vertical);
 }
 
-// Pixels per patch of the map.
-const mapSide = () => (find(".kernel-map").width - MARGIN) / Math.max(...state.model.grid);
-
-function drawMap(horizontal, vertical) {
-  const context = find(".kernel-map").getContext("2d");
-  const [column, row] = placeOf(centerPatch());
-  const [across, down] = [horizontal(column), vertical(row)];
-  const [highest, side] = [Math.max(...down, ...across), mapSide()];
-  const scale = scaleOf(Math.max(...down) * Math.max(...across), numPatches());
-  context.reset();
-  context.translate(MARGIN, MARGIN);
-  context.scale(side, side); // one unit is one patch
-  down.forEach((weight, y) => across.forEach((other, x) => {
-    const percent = 100 * Math.sqrt((weight * other) / scale);
-    context.fillStyle = `color-mix(in srgb, rgb(${POSITION}) ${percent}%, #181a22)`;
-    context.fillRect(x, y, 0.98, 0.98);
-  }));
-  context.fillStyle = `rgb(${POSITION})`;
-  const length = (weight) => ((MARGIN - 14) / side) * (weight / highest);
-  across.forEach((weight, x) => context.fillRect(x + 0.05, -0.14, 0.88, -length(weight)));
-  down.forEach((weight, y) => context.fillRect(-0.14, y + 0.05, -length(weight), 0.88));
-  strokeRect(context, [column, row, 0.98, 0.98], "black", 0.14);
-  strokeRect(context, [column, row, 0.98, 0.98], "white", 0.06);
-  context.beginPath(); // handle at the attention center
-  context.arc(column + kernel.right + 0.5, row + kernel.down + 0.5, 0.16, 0, 7);
-  context.fill();
-  context.stroke();
+// The map of the center patch, its factors along the edges, and a handle at the attention center.
+function drawMap(vPos, horizontal, vertical) {
+  const { grid } = state.model;
+  const [rows, columns] = grid;
+  const [x, y] = placeOf(centerPatch());
+  const [left, top] = [(x + kernel.right + 0.5) / columns, (y + kernel.down + 0.5) / rows];
+  render(".kernel-map", html`<canvas class="across" width="${columns}" height="1"></canvas>
+    <canvas class="down" width="1" height="${rows}"></canvas>
+    <div class="map" style="--query: translate(${100 * x}%, ${100 * y}%)">${mapMarkup()}
+      <b class="handle" style="left: ${100 * left}%; top: ${100 * top}%"></b></div>`);
+  const map = positionMap(vPos, centerPatch(), grid);
+  for (const [name, weights, least] of [["across", horizontal(x), 0], ["down", vertical(y), 0],
+    ["map canvas", map, 4 / numPatches()]]) {
+    const scale = Math.max(...weights, least);
+    paintMap(find(`.kernel-map .${name}`), [...weights], (weight) =>
+      [...POSITION, 255 * Math.sqrt(weight / scale)]);
+  }
 }
 
 // Replace every patch by the weighted mean of all patches: first along x, then along y, since a
@@ -88,11 +77,11 @@ function drawMap(horizontal, vertical) {
 function drawFiltered(horizontal, vertical) {
   const canvas = find(".filtered");
   const [rows, columns] = state.model.grid;
-  const side = patchSide(FILTERED_SIZE);
+  const side = Math.floor(FILTERED_SIZE / Math.max(rows, columns)) || 1; // pixels per patch
   const [width, height] = [columns * side, rows * side];
   Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(state.image.bitmaps.display, 0, 0, width, height);
+  context.drawImage(state.image.element, 0, 0, width, height);
   const image = context.getImageData(0, 0, width, height);
   const filtered = mixBlocks(image.data, columns, 4 * side, horizontal);
   image.data.set(mixBlocks(filtered, rows, 4 * width * side, vertical));
@@ -114,12 +103,12 @@ function mixBlocks(values, count, size, weightsOf) {
 }
 
 // Move the attention center to the pointer.
-function drag({ target, offsetX, offsetY }) {
+function drag({ clientX, clientY }) {
+  const [rows, columns] = state.model.grid;
   const [column, row] = placeOf(centerPatch());
-  const patchOf = (offset) =>
-    ((offset * target.width) / target.clientWidth - MARGIN) / mapSide() - 0.5;
-  setKernel({ right: clamp(patchOf(offsetX) - column, -3.5, 3.5),
-    down: clamp(patchOf(offsetY) - row, -3.5, 3.5) });
+  const { left, top, width, height } = find(".kernel-map .map").getBoundingClientRect();
+  setKernel({ right: clamp((columns * (clientX - left)) / width - column - 0.5, -3.5, 3.5),
+    down: clamp((rows * (clientY - top)) / height - row - 0.5, -3.5, 3.5) });
 }
 
 // Copy the position map of the selected head.
@@ -129,13 +118,10 @@ function copyHead() {
   const [x, y, curvature] = model.v_pos[snapshot][layer][head];
   const epoch = currentEpoch() === null ? "" : ` at epoch ${currentEpoch()}`;
   const name = `Head ${head + 1} of layer ${layer + 1}${epoch}`;
-  if (curvature >= 0) {
-    return setKernel({}, `${name} avoids its center (strength ${(-curvature).toFixed(2)}): `
-      + "this tab cannot show it.");
-  }
   const gate = gateOf(layer, head);
   const share = Math.round(100 * (1 - gate));
-  setKernel({ strength: -curvature, right: x / (-2 * curvature), down: y / (-2 * curvature) },
-    `${name}: its position map. Its gate is ${gate.toFixed(2)}, so ${share}% of its attention goes `
-    + "by content, which this tab does not show.");
+  const [right, down] = [x, y].map((slope) => slope / (-2 * curvature) || 0); // 0/0: uniform
+  setKernel({ strength: -curvature, right, down },
+    `${name}: its position map. Its gate is ${gate.toFixed(2)}, so ${share}% of its attention `
+    + "comes from content, which this tab does not show.");
 }

@@ -1,7 +1,7 @@
 // Starts the page, and handles the events of its controls.
 
-import { epochAt } from "./charts.js";
-import { find, findAll, on, onClick, render, viewer } from "./dom.js";
+import { nearestEpoch } from "./charts.js";
+import { findAll, on, onClick, render, viewer } from "./dom.js";
 import { drawSelection, headOf } from "./heads.js";
 import { bindKernel } from "./kernel.js";
 import { allHeads, changedGate, changedGates, gatedLayers, headMaps, isGrowing, isOwn, patchAt,
@@ -9,10 +9,14 @@ import { allHeads, changedGate, changedGates, gatedLayers, headMaps, isGrowing, 
 import { bindTour, openTour } from "./tour.js";
 import { bindTraining, loadNewSnapshots } from "./train.js";
 import { TRAINED, urlOf } from "./url.js";
-import { ask, drawQuery, moveQuery, navigate, nextSnapshot, pinGates, play, requested, setGates,
-  setLocked, showExample, showFile, showModel, showSnapshot, showTab } from "./view.js";
+import { ask, draw, moveQuery, navigate, nextSnapshot, pinGates, play, setGates, showExample,
+  showFile, showModel, showSnapshot, showTab } from "./view.js";
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+// Columns and rows that a key moves by; none for shortcuts of the browser.
+const arrowOfKey = ({ key, altKey, ctrlKey, metaKey }) =>
+  (altKey || ctrlKey || metaKey ? undefined : ARROWS[key]);
 
 // `server` has the functions of app.py; static.js has a substitute for sites without a server.
 export async function start(server, isStatic = false) {
@@ -43,17 +47,15 @@ async function showUrl() {
 }
 
 function bindControls() {
-  onClick("[data-model]", ({ model }) => { if (model !== requested) showModel(model); });
+  onClick("[data-model]", ({ model }) => showModel(model));
   onClick("[data-tab]", ({ tab }) => showTab(tab));
   bindArrows(".tabs", "[data-tab]", () => 0, (tab) => tab.click());
   onClick(".play", play);
   onClick(".step", () => showSnapshot(nextSnapshot()));
   onClick(".reset", () => showSnapshot(0));
   on(".snapshot", "input", (event) => showSnapshot(event.target.valueAsNumber));
-  onClick("[data-last-epoch]", (_, event) => {
-    const gaps = state.model.epochs.map((epoch) => Math.abs(epoch - epochAt(event)));
-    showSnapshot(gaps.indexOf(Math.min(...gaps)));
-  });
+  onClick("[data-last-epoch]", (_, event) =>
+    showSnapshot(nearestEpoch(state.model.epochs, event)));
   onClick("[data-pin]", ({ scope, pin }) => pinGates(
     scope === "layer" ? [state.layer] : gatedLayers(), pin === "" ? null : Number(pin)));
 }
@@ -61,7 +63,7 @@ function bindControls() {
 // Arrow keys move the focus within a group of buttons, which are laid out in rows.
 function bindArrows(group, buttons, rowLength, onMove = () => {}) {
   on(group, "keydown", (event) => {
-    const [right, down] = ARROWS[event.key] ?? [0, 0];
+    const [right, down] = arrowOfKey(event) ?? [0, 0];
     const move = right + down * rowLength();
     if (!move) return;
     event.preventDefault();
@@ -83,15 +85,15 @@ function bindImage() {
   });
   on(".image", "click", (event) => {
     const query = pointed(event);
-    setLocked(!(state.locked && query === state.query));
-    moveQuery(query);
+    navigate({ query, locked: !(state.locked && query === state.query) });
   });
   on(".image", "keydown", (event) => {
     const isToggle = event.key === "Enter" || event.key === " ";
-    if (!isToggle && !ARROWS[event.key]) return;
+    const arrow = arrowOfKey(event);
+    if (!isToggle && !arrow) return;
     event.preventDefault();
-    if (isToggle) return setLocked(!state.locked);
-    const [x, y] = placeOf(state.query).map((index, axis) => index + ARROWS[event.key][axis]);
+    if (isToggle) return navigate({ locked: !state.locked });
+    const [x, y] = placeOf(state.query).map((index, axis) => index + arrow[axis]);
     moveQuery(patchAt(x, y));
     const [column, row] = placeOf(state.query);
     render(".screen-reader", `row ${row + 1}, column ${column + 1}`);
@@ -136,10 +138,7 @@ function bindHeads() {
       setGates(new Map([...state.gates, gate]), type === "input");
     });
   }
-  on(".options", "input", () => {
-    render(".mass-percent", `${Math.round(100 * find(".mass").value)}%`);
-    drawQuery();
-  });
+  on(".options", "input", draw);
 }
 
 function bindExports() {
@@ -156,7 +155,7 @@ function bindExports() {
       if (answer) download(`convit-layer-${layer + 1}.${suffix}`, answer.file);
     });
   }
-  // trained gates of all snapshots, and those changed by hand, which hold for every snapshot
+  // trained gates of all snapshots, and those changed by hand, which apply to every snapshot
   onClick(".save-csv", () => {
     const { epochs, gate: snapshots } = state.model;
     const rows = snapshots.flatMap((layers, snapshot) => layers.flatMap((gates, layer) =>

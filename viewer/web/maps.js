@@ -1,12 +1,5 @@
 // Attention maps: position maps from three numbers per head, and content maps, sent as bytes.
 
-export function decodeBase64(base64) {
-  const text = atob(base64);
-  const bytes = new Uint8Array(text.length);
-  for (let index = 0; index < text.length; index++) bytes[index] = text.charCodeAt(index);
-  return bytes;
-}
-
 export const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
 export const sum = (values) => values.reduce((total, value) => total + value, 0);
 export const mean = (values) => sum(values) / values.length;

@@ -1,7 +1,7 @@
-// The state of the page, and what derives from it. Mostly, view.js changes it.
+// The state of the page, and what is derived from it. view.js makes most of the changes.
 
 import { storage } from "./dom.js";
-import { axisAttention, clamp, contentMap, mean, positionMap, sum } from "./maps.js";
+import { clamp, contentMap, positionMap, sum } from "./maps.js";
 
 export const KINDS = ["mixed", "position", "content"];
 // Also the key of the model that this session trains. The browser keeps it as long as its tab is
@@ -37,6 +37,9 @@ export const currentEpoch = () => state.model.epochs[state.snapshot];
 export const isOwn = () => state.key === SESSION;
 export const isGrowing = () =>
   (state.model.epochs.at(-1) ?? 0) < state.model.last_epoch && !(isOwn() && state.stopped);
+// Before training, the heads of this layer look at taps of a kernel: known, and initialized so.
+export const startsLocal = () => state.model.epochs[0] === 0
+  && state.model.v_pos[0][state.layer].every(([, , curvature]) => curvature < -0.1);
 export const shownKind = () => (hasGates() ? state.kind : "content");
 export const currentExample = () => state.model.examples.find(({ name }) => name === state.example)
   ?? { label: null, queries: [], target: [] };
@@ -66,16 +69,12 @@ export const changedGates = () => state.model.gate[0].map((gates, layer) =>
 export const outputOf = (snapshot) =>
   (snapshot === state.snapshot && state.recomputed) || state.maps[snapshot];
 
-function partsOf(head, snapshot) {
-  const { content, peaks } = outputOf(snapshot);
-  const vPos = state.model.v_pos[snapshot][state.layer]?.[head] ?? [0, 0, 0]; // then the gate is 0
-  return { bytes: content, peak: peaks[head], vPos, gate: gateOf(state.layer, head, snapshot) };
-}
-
 // Maps of a head of this layer for one query patch.
 export function headMaps(head, query, snapshot = state.snapshot) {
-  const { bytes, peak, vPos, gate } = partsOf(head, snapshot);
-  const content = contentMap(bytes, peak, head, query, numPatches());
+  const { content: bytes, peaks } = outputOf(snapshot);
+  const vPos = state.model.v_pos[snapshot][state.layer]?.[head] ?? [0, 0, 0]; // then the gate is 0
+  const gate = gateOf(state.layer, head, snapshot);
+  const content = contentMap(bytes, peaks[head], head, query, numPatches());
   const position = positionMap(vPos, query, state.model.grid);
   const mixed = content.map((value, key) => (1 - gate) * value + gate * position[key]);
   return { gate, position, content, mixed };
@@ -87,23 +86,10 @@ export function attentionToTarget(query, snapshot) {
   return sum(currentExample().target.map((key) => mixed[key]));
 }
 
-// Mean attention distance of a head in patches, over all query patches (Eq. 8 of the paper).
-// Without headMaps, which would take ten times as long: this runs at every change of a gate.
+// Mean attention distance of a head in patches, over all query patches (Eq. 8 of the paper). It is
+// linear in the map, so that of the mixed map follows from those of content and position.
 export function meanDistance(head, snapshot = state.snapshot) {
-  const { bytes, peak, vPos: [slopeX, slopeY, curvature], gate } = partsOf(head, snapshot);
-  const [[rows, columns], count] = [state.model.grid, numPatches()];
-  const across = range(columns).map((x) => axisAttention(slopeX, curvature, x, columns));
-  const down = range(rows).map((y) => axisAttention(slopeY, curvature, y, rows));
-  return mean(allPatches().map((query) => {
-    const [x, y] = placeOf(query);
-    let [distance, mass] = [0, 0]; // quantized content maps do not sum to 1
-    for (let key = 0; key < count; key++) {
-      const [toX, toY] = [key % columns, Math.floor(key / columns)];
-      const content = (peak * bytes[(head * count + query) * count + key]) / 255;
-      const weight = (1 - gate) * content + gate * across[x][toX] * down[y][toY];
-      distance += weight * Math.sqrt((toX - x) ** 2 + (toY - y) ** 2);
-      mass += weight;
-    }
-    return distance / mass;
-  }).filter(Number.isFinite)); // a row of weights far below the peak is all zeros
+  const [content, position] = outputOf(snapshot).distances[head];
+  const gate = gateOf(state.layer, head, snapshot);
+  return (1 - gate) * content + gate * position;
 }

@@ -1,17 +1,16 @@
 // Stands in for app.py on a site without a server: reads the files that `python -m viewer.publish`
 // wrote, gzipped JSON named .bin, so that hosts do not decompress it.
 
-import { lastSnapshot } from "./state.js";
-
+const MISSING = { error: "A file of this page could not be loaded; please try again." };
 const NEEDS_MODEL = { error: "The prediction with these gates needs the model itself: run "
   + "“python app.py” in a clone of the convit-min repository." };
 
 // `base` is the URL of the files, `first` the key of the model that opens.
 export function staticServer(base, first) {
-  async function load(model, name) {
+  async function load(model, name, error = MISSING) {
     const path = `${encodeURIComponent(model || first)}/${encodeURIComponent(name)}.bin`;
     const { ok, body } = await fetch(new URL(path, base));
-    if (!ok) return { error: "A file of this page could not be loaded; please try again." };
+    if (!ok) return error;
     return new Response(body.pipeThrough(new DecompressionStream("gzip"))).json();
   }
 
@@ -19,12 +18,9 @@ export function staticServer(base, first) {
     describe: ({ model }) => load(model, "model"),
     prepare_image: ({ model, example }) => load(model, example),
     layer_maps: ({ model, pixels: name, layer }) => load(model, `${name}-${layer}`),
-    // only for the last snapshot, with all gates at 0 or all at 1
-    async recompute({ model, pixels: name, layer, snapshot, gates }) {
-      const pin = [0, 1].find((value) => gates.every((heads) =>
-        heads === null || heads.every((gate) => gate === value)));
-      if (snapshot !== lastSnapshot() || pin === undefined) return NEEDS_MODEL;
-      return load(model, `${name}-${layer}-${pin}`);
-    },
+    // published for the last snapshot, with all gates at 0 or all at 1
+    recompute: ({ model, pixels: name, layer, snapshot, gates }) => load(model,
+      `${name}-${layer}-${snapshot}-${[...new Set(gates.flatMap((heads) => heads ?? []))]}`,
+      NEEDS_MODEL),
   };
 }

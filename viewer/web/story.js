@@ -2,7 +2,8 @@
 
 import { find, html, render } from "./dom.js";
 import { allHeads, attentionToTarget, changedGate, currentEpoch, currentExample, gatedLayers,
-  gateOf, hasGates, isGrowing, lastSnapshot, meanDistance, outputOf, state } from "./state.js";
+  gateOf, hasGates, isGrowing, lastSnapshot, meanDistance, outputOf, startsLocal,
+  state } from "./state.js";
 
 const percent = (value) => `${(100 * value).toFixed(value > 0 && value < 0.095 ? 1 : 0)}%`;
 const accuracyAt = (epoch) => {
@@ -34,7 +35,7 @@ export function drawPrediction() {
   const { label, target } = currentExample();
   const winner = topClass(predictions, 2);
   const [verdict, comment] = label === null
-    ? ["", state.example ? "The image is not one of its classes." : ""]
+    ? ["", ""] : label === "" ? ["", "The image is not one of its classes."]
     : winner === label ? ["correct", "✓\u00a0Correct."]
       : ["wrong", `✗\u00a0Wrong: the answer is “${label}”.`];
   render(".verdict", html`<b class="${verdict}">The model says “${winner}”. ${comment}</b>`);
@@ -64,9 +65,11 @@ export function drawStory() {
     aria-label="gates of ${name}"><span>${name}</span>${PINS.map(([pin, label]) => html`<button
       data-scope="${scope}" data-pin="${pin}" aria-pressed="${pinOf(layers) === pin}"
       >${label}</button>`)}</div>`));
-  render(".accuracy", accuracy());
+  const measured = accuracyAt(currentEpoch())?.toFixed(1);
+  render(".accuracy", measured ? html`accuracy${state.gates.size ? " with trained gates" : ""}
+    <b>${measured}%</b>` : "");
   render(".growing", isGrowing()
-    ? `training, epoch ${(curves ?? { epochs }).epochs.at(-1)} of ${lastEpoch}` : "");
+    ? `epoch ${(curves ?? { epochs }).epochs.at(-1)} of ${lastEpoch} so far` : "");
   render(".facts", facts().map((fact) => html`<li>${fact}</li>`));
   drawCaption();
 }
@@ -77,15 +80,7 @@ export function drawCaption() {
     <span class="details">${details}</span>`);
 }
 
-// Test accuracy of this snapshot; with all gates pinned, where it has been measured.
-function accuracy() {
-  const measured = accuracyAt(currentEpoch())?.toFixed(1);
-  if (measured === undefined) return "";
-  if (!state.gates.size) return html`test accuracy <b>${measured}%</b>`;
-  const pinned = pinnedAccuracy();
-  return html`test accuracy ${pinned ? html`<b>${pinned}%</b> ` : ""}(trained gates: ${measured}%)`;
-}
-
+// Of the last snapshot, with all gates pinned; undefined where it has not been measured.
 function pinnedAccuracy() {
   const masked = state.model.masking.masked_in_first_layers;
   const part = { 0: "position", 1: "content" }[pinOf(gatedLayers())];
@@ -128,40 +123,42 @@ function caption() {
     return [`The heads of ${layer} have no gates: they attend by content only.`, reach()];
   }
   if (state.gates.size) return captionOfChangedGates(layer);
+  const place = startsLocal() ? "neighbors" : "fixed offsets";
   const left = allHeads().filter((head) => gateOf(state.layer, head) < 0.5);
   if (epoch === 0 && left.length === 0) {
-    return [`Before training, every head of ${layer} looks mostly near the framed patch.`,
+    return [`Before training, every head of ${layer} looks mostly at ${place}.`,
       `${reach()} Press “Play training” to see which heads leave.`];
   }
-  const status = left.length === 0 ? `all heads of ${layer} still look at neighbors`
+  const status = left.length === 0 ? `all heads of ${layer} still attend mostly by position`
     : `${listHeads(left)} of ${layer} attend${left.length > 1 ? "" : "s"} more by content than by `
       + "position";
   if (state.snapshot === lastSnapshot() && !isGrowing()) {
     const invitation = left.length
       ? " What if they had to stay? Pin all to position." : "";
-    return [departure(left, layer) ?? `After training, ${status}.`, `${reach()}${invitation}`];
+    return [departure(left, layer, place) ?? `After training, ${status}.`,
+      `${reach()}${invitation}`];
   }
   const before = state.model.epochs[state.snapshot - 1];
   const events = crossings(before).map(([when, heads, fell]) => {
     const [ending, whose] = heads.length > 1 ? ["", "their"] : ["s", "its"];
     const verb = fell ? `let${ending} go of` : `return${ending} to`;
-    return `epoch ${when}: ${listHeads(heads)} ${verb} ${whose} neighbors`;
+    return `epoch ${when}: ${listHeads(heads)} ${verb} ${whose} ${place}`;
   }).join("; ") || `epoch ${epoch}: ${status}`;
   const [old, now] = [accuracyAt(before), accuracyAt(epoch)];
   const rise = now - old >= 1
-    ? ` Since epoch ${before}, test accuracy rose from ${old.toFixed(0)} to ${now.toFixed(0)}%.`
+    ? ` Since epoch ${before}, accuracy rose from ${old.toFixed(0)} to ${now.toFixed(0)}%.`
     : "";
   return [`${events[0].toUpperCase()}${events.slice(1)}.`, `${reach()}${rise}`];
 }
 
-// When the selected head left its neighbors, if it did.
-function departure(left, layer) {
+// When the selected head left its place, if it did.
+function departure(left, layer, place) {
   const event = crossings(0).findLast(([, heads, fell]) => fell && heads.includes(state.head));
   if (!left.includes(state.head) || !event) return null;
   const others = left.filter((head) => head !== state.head);
   const too = others.length
     ? ` So did ${listHeads(others)} by epoch ${currentEpoch()}.` : "";
-  return `Head ${state.head + 1} of ${layer} left its neighbors in epoch ${event[0]}, when its `
+  return `Head ${state.head + 1} of ${layer} left its ${place} in epoch ${event[0]}, when its `
     + `gate (the share of position) fell below 0.5.${too}`;
 }
 
@@ -197,7 +194,8 @@ function facts() {
       + `(content masked) ${content.at(-1).toFixed(1)}%, to content `
       + `${position.at(-1).toFixed(1)}%.`,
     recipe.gate_lr_scale > 1
-      && `The gates were trained at ${recipe.gate_lr_scale} times the learning rate of the rest.`,
+      && `The gates were trained at ${recipe.gate_lr_scale} times the learning rate of the other `
+        + "weights.",
     curves && `One run (seed ${recipe.seed ?? "unknown"}): other seeds can release other heads.`,
   ].filter(Boolean);
 }

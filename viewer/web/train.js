@@ -2,19 +2,16 @@
 
 import { html, onClick, render } from "./dom.js";
 import { isOwn, SESSION, state } from "./state.js";
-import { ask, draw, drawModel, navigate, setModel, showModel } from "./view.js";
+import { ask, draw, drawModel, navigate, showModel } from "./view.js";
 
 let pollTimer = null;
-// last epoch shown of the session's run; after the first one, the user may select another model
-let shownEpoch = -1;
-let isFollowed = false; // the user has started a run here
+let isAwaited = false; // a run started here is to be shown when it has finished its first epoch
 
 export function bindTraining() {
   onClick(".train", async () => {
     // the new run replaces the session's earlier one
     if (isOwn()) await showModel(state.model.models[0].key);
-    shownEpoch = -1;
-    isFollowed = true;
+    isAwaited = true;
     train("start");
   });
   onClick(".train-stop", () => train("stop"));
@@ -31,12 +28,11 @@ async function train(action) {
   state.hasOwn = epoch >= 0;
   state.stopped = !busy;
   showStatus(status, busy);
-  if (epoch > shownEpoch && (isOwn() || (isFollowed && busy && shownEpoch < 0))) {
-    const shown = isOwn() ? await loadNewSnapshots() : await showModel(SESSION, "");
-    if (shown) shownEpoch = epoch; // else retried in a second
-  }
   drawModel();
-  if (isOwn() && state.stopped) draw();
+  if (isOwn()) {
+    draw();
+    await loadNewSnapshots();
+  } else if (isAwaited && busy && epoch >= 0) isAwaited = !(await showModel(SESSION, ""));
   clearTimeout(pollTimer);
   if (busy) poll(1000);
 }
@@ -52,8 +48,8 @@ function showStatus({ state: phase, position, epoch, epochs, seconds_left: secon
     training: epoch < 0 ? "Starting…"
       : `Epoch ${epoch} of ${epochs} is done${remaining}.`
         + (isOwn() ? " Its gates are shown live." : ""),
-    done: (epoch < epochs ? "Stopped. " : "Done. ") + (isOwn()
-      ? "Use the slider above to go through its training." : "Select “Your tiny model” above."),
+    done: `${epoch < epochs ? "Stopped" : "Done"}. Play its training under `
+      + "“Your tiny model” above.",
     failed: "Training failed; please try again.",
   }[phase];
   render(".training", html`<p>${message}</p>
@@ -63,16 +59,15 @@ function showStatus({ state: phase, position, epoch, epochs, seconds_left: secon
 }
 
 // Load what a run in progress has written since; a view of its last snapshot moves to the new last
-// one. False: try again.
+// one.
 export async function loadNewSnapshots() {
   const { key } = state;
   const answer = await ask("describe", {}, false);
   const { maps, model, snapshot } = state;
-  if (!answer || key !== state.key || !maps) return false;
-  const last = answer.epochs.length - 1;
-  if (last === maps.length - 1
-    && answer.curves?.epochs.length === model.curves?.epochs.length) return true;
-  setModel(answer);
-  await navigate(snapshot === maps.length - 1 ? { snapshot: last } : {});
-  return state.maps?.length > last;
+  if (!answer || key !== state.key || !maps) return;
+  const shown = Math.min(maps.length, model.epochs.length); // maps may be ahead of the description
+  const count = answer.epochs.length;
+  if (count === shown && answer.curves?.epochs.length === model.curves?.epochs.length) return;
+  state.model = answer;
+  await navigate(snapshot === shown - 1 ? { snapshot: count - 1 } : {});
 }

@@ -2,13 +2,12 @@
 
 import { drawCurves } from "./curves.js";
 import { find, findAll, html, render } from "./dom.js";
-import { drawHeads, drawHeatmap, drawMaps, drawSelection } from "./heads.js";
-import { drawHero, patchSide, SIZE } from "./hero.js";
+import { drawHeads, drawHeatmap, drawMaps, drawSelection, mapMarkup } from "./heads.js";
+import { drawHero } from "./hero.js";
 import { drawKernel } from "./kernel.js";
-import { decodeBase64 } from "./maps.js";
 import { allHeads, allLayers, attentionToTarget, centerPatch, changedGates, currentEpoch,
-  currentExample, gatedLayers, hasGates, headMaps, KINDS, lastSnapshot, SESSION, shownKind,
-  state } from "./state.js";
+  currentExample, gatedLayers, hasGates, headMaps, KINDS, lastSnapshot, placeOf, SESSION,
+  shownKind, state } from "./state.js";
 import { drawCaption, drawPrediction, drawStory } from "./story.js";
 import { formatView, parseView, writeUrl } from "./url.js";
 
@@ -28,7 +27,7 @@ const latest = { view: 0, model: 0 }; // requests: the latest one wins
 let pending = {}; // changes that wait for answers
 
 // Change parts of the view, once the image and the maps that it needs have arrived. `image` may be
-// a promise; `query: null` is the patch that tells most.
+// a promise; `query: null` selects the most telling patch.
 export async function navigate(changes) {
   const id = ++latest.view;
   render(".error", ""); // of an earlier request
@@ -49,8 +48,9 @@ export async function navigate(changes) {
     recomputed = await recompute(image, layer, snapshot);
   }
   if (id !== latest.view) return;
-  if (image !== state.image) { // as a data URL, it takes milliseconds
-    find(".heads").style.setProperty("--image", `url(${image.display})`);
+  if (image !== state.image) { // as data URLs, they take milliseconds
+    const { style } = find("#watch");
+    for (const name of ["display", "input"]) style.setProperty(`--${name}`, `url(${image[name]})`);
   }
   if (example === null) state.upload = image;
   Object.assign(state, pending, { image, maps, recomputed });
@@ -62,17 +62,17 @@ export async function navigate(changes) {
 async function loadMaps({ pixels }, layer) {
   const answer = await ask("layer_maps", { pixels, layer });
   return answer?.content.map((content, snapshot) => ({
-    content: decodeBase64(content), peaks: answer.peaks[snapshot],
-    predictions: answer.predictions[snapshot],
+    content: Uint8Array.fromBase64(content), peaks: answer.peaks[snapshot],
+    distances: answer.distances[snapshot], predictions: answer.predictions[snapshot],
   }));
 }
 
 async function recompute({ pixels }, layer, snapshot) {
   const answer = await ask("recompute", { pixels, layer, snapshot, gates: changedGates() });
-  return answer && { ...answer, content: decodeBase64(answer.content) };
+  return answer && { ...answer, content: Uint8Array.fromBase64(answer.content) };
 }
 
-// The patch of interest from which the head finds the example's target best after training.
+// The query patch from which the head attends most to the example's target after training.
 function tellingPatch() {
   const { queries } = currentExample();
   const found = queries.map((query) => attentionToTarget(query, lastSnapshot()));
@@ -88,39 +88,29 @@ export function showExample(example) {
 export async function showFile(file) {
   const refuse = (reason) => render(".error", `${reason}; please choose another image.`);
   if (file.size > MAX_MB * 2 ** 20) return refuse(`This file is larger than ${MAX_MB} MB`);
-  const reader = new FileReader();
-  await new Promise((resolve) => { reader.onloadend = resolve; reader.readAsDataURL(file); });
-  if (reader.error) return refuse("This is not an image file, or it cannot be read"); // a folder
-  const [, base64 = ""] = reader.result.split(",");
-  navigate({ example: null, image: prepareImage({ file: base64 }) });
+  const bytes = await file.bytes().catch(() => null);
+  if (!bytes) return refuse("This is not an image file, or it cannot be read"); // a folder
+  navigate({ example: null, image: prepareImage({ file: bytes.toBase64() }) });
 }
 
-// The answer to { example: name } or { file: base64 }, with its images decoded and enlarged.
+// The answer to { example: name } or { file: base64 }, with its image decoded.
 async function prepareImage(request) {
   const image = await ask("prepare_image", request);
   if (!image) return null;
-  const [resizeHeight, resizeWidth] = state.model.grid.map((count) => count * patchSide(SIZE));
-  const enlarge = async (url, resizeQuality) => {
-    const element = Object.assign(new Image(), { src: url });
-    await element.decode();
-    return createImageBitmap(element, { resizeWidth, resizeHeight, resizeQuality });
-  };
-  const display = await enlarge(image.display, "high");
-  const input = await enlarge(image.input, "pixelated");
-  return { ...image, bitmaps: { display, input } };
+  const element = Object.assign(new Image(), { src: image.display });
+  await element.decode();
+  return { ...image, element };
 }
 
-const left = new Map(); // how other models were left, as hashes
-export let requested = ""; // key of the model on display, or of the one that is loading
+const left = new Map(); // how models were left, as hashes
 
 // Show a model: what the hash contains, by default as it was left, and the rest as it opens. False
 // after an error.
-export async function showModel(key, hash = left.get(key) ?? "") {
-  const id = ++latest.model;
-  requested = key;
+export async function showModel(key, hash) {
+  const id = ++latest.model; // a model that is still loading gives way, also to the one on display
+  if (key === state.key && state.maps && hash === undefined) return true;
   const description = await ask("describe", { model: key });
   if (id !== latest.model) return true; // superseded
-  requested = description?.key ?? state.key;
   if (!description) return false;
   stop();
   if (state.maps) left.set(state.key, formatView());
@@ -128,50 +118,48 @@ export async function showModel(key, hash = left.get(key) ?? "") {
   pending = {};
   const { image: example, layer, head } = description.opening;
   Object.assign(state, {
-    key: description.key, image: null, upload: null, maps: null, recomputed: null,
-    example, layer, head, snapshot: 0, query: null, locked: false, gates: new Map(),
+    model: description, key: description.key, image: null, upload: null, maps: null,
+    recomputed: null, example, layer, head, snapshot: 0, query: null, locked: false,
+    gates: new Map(),
   });
-  setModel(description);
-  Object.assign(state, parseView(hash));
+  Object.assign(state, parseView(hash ?? left.get(state.key) ?? ""));
   drawModel();
-  setLocked(state.locked);
   showTab(state.tab);
   await navigate({ query: state.query, image: prepareImage({ example: state.example }) });
   return true;
-}
-
-// Use the description of a model: another one, or the same one with new snapshots.
-export function setModel(description) {
-  state.model = description;
-  const { epochs, last_epoch: lastEpoch } = description;
-  find(".snapshot").max = lastSnapshot();
-  const isUntimed = epochs.length === 1 && lastEpoch <= (epochs[0] ?? 0);
-  for (const selector of [".time", ".save-gif"]) find(selector).hidden = isUntimed;
 }
 
 // --- drawing
 
 export function draw() {
   if (!state.maps) return;
-  render(".epoch", currentEpoch() ?? "");
-  find(".snapshot").value = state.snapshot;
-  find(".snapshot").ariaValueText = `epoch ${currentEpoch()}`;
   render(".hero-title",
     `Where the framed patch looks: layer ${state.layer + 1}, head ${state.head + 1}`);
+  render(".image", html`${mapMarkup()}<div class="lines"></div>`);
+  render(".image-hint", state.locked ? "Locked; click this patch again to unlock it."
+    : "Hover over the image to choose the query patch; click to lock it.");
+  render(".mass-percent", `${Math.round(100 * find(".mass").value)}%`);
   for (const part of [drawModel, drawHeads, drawHeatmap, drawQuery, drawPrediction, drawStory,
     drawCurves, drawKernel, drawSelection, writeUrl]) part();
 }
 
 // The controls that depend on the model.
 export function drawModel() {
-  const { classes, examples, models, recipe } = state.model;
+  const { classes, epochs, examples, last_epoch: lastEpoch, models, recipe } = state.model;
+  // until the maps arrive, these belong to the previous model
+  for (const part of findAll(".heads, .gate-heatmap, .exports")) part.inert = !state.maps;
+  const isTimed = epochs.length > 1 || lastEpoch > (epochs[0] ?? 0);
+  for (const selector of [".time", ".save-gif"]) find(selector).hidden = !isTimed;
+  render(".epoch", currentEpoch() ?? "");
+  Object.assign(find(".snapshot"), { max: lastSnapshot(), value: state.snapshot,
+    ariaValueText: `epoch ${currentEpoch()}` });
   const own = state.hasOwn ? [{ key: SESSION, name: "Your tiny model" }] : [];
   render(".models", [...models, ...own].map(({ key, name }) =>
     html`<button data-model="${key}" aria-pressed="${key === state.key}">${name}</button>`));
   render(".kinds", gatedLayers().length === 0 ? "" : KINDS.map((kind) => html`<button
     data-kind="${kind}" aria-pressed="${kind === shownKind()}">${kind}</button>`));
   const images = examples.map(({ name, thumbnail, label }) => [name, thumbnail,
-    label ? `its class: ${label}` : `${name}: not one of the model’s classes`]);
+    label ? `its class: ${label}` : name]);
   if (state.upload) images.push(["", state.upload.display, "your image"]);
   render(".examples", images.map(([name, source, title]) => html`<button data-example="${name}"
     title="${title}" aria-pressed="${name === (state.example ?? "")}"
@@ -187,6 +175,10 @@ export function drawModel() {
 // What depends on the query patch. Runs on every mouse move: it must not cause a page layout.
 export function drawQuery() {
   if (!state.maps) return;
+  const place = placeOf(state.query).map((index) => `${100 * index}%`);
+  for (const node of findAll(".heads, .image")) {
+    node.style.setProperty("--query", `translate(${place})`);
+  }
   const maps = allHeads().map((head) => headMaps(head, state.query));
   drawMaps(maps);
   drawHero(maps[state.head]);
@@ -197,13 +189,6 @@ export function moveQuery(query) {
   state.query = query;
   drawQuery();
   drawCaption();
-  writeUrl();
-}
-
-export function setLocked(locked) {
-  state.locked = locked;
-  render(".image-hint", locked ? "Locked; click this patch again to unlock it."
-    : "Move over the image to choose the query patch; click to lock it.");
   writeUrl();
 }
 
@@ -240,6 +225,7 @@ export function play() {
   if (state.snapshot === lastSnapshot()) navigate({ snapshot: 0 });
   render(".play", "❚❚ Pause");
   playTimer = setInterval(() => {
+    if (pending.snapshot !== undefined) return; // still loading
     navigate({ snapshot: nextSnapshot() });
     if (pending.snapshot === lastSnapshot()) stop();
   }, 1200);
