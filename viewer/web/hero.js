@@ -1,7 +1,7 @@
 // The large image: where the query patch looks, by one head. A map like those of the cards, but
 // with lines, and over the image in color.
 
-import { find, html, render } from "./dom.js";
+import { find, html } from "./dom.js";
 import { clamp, massThreshold, scaleOf } from "./maps.js";
 import { currentExample, KINDS, numPatches, placeOf, shownKind, state } from "./state.js";
 
@@ -73,8 +73,8 @@ function paint(maps) {
     [...blendAll(VEIL, color, strength), 255 * opacity * (1 - 0.2 * strength)]);
   const looked = patches.filter(({ weight, strength }) => strength && weight > 1.25 / numPatches())
     .sort((a, b) => a.weight - b.weight); // the largest on top
-  render(".lines", html`<svg viewBox="0 0 ${columns} ${rows}">${drawTarget()}
-    ${looked.map(drawLine)}</svg>`);
+  find(".lines").innerHTML = html`<svg viewBox="0 0 ${columns} ${rows}">${drawTarget()}
+    ${looked.map(drawLine)}</svg>`;
 }
 
 // A line from the query patch, as wide as the weight; a ring for a patch that looks at itself.
