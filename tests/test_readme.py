@@ -145,7 +145,7 @@ def test_claims_at_this_scale_equal_the_runs():
     assert f"that of layer 5 in {is_last.sum()} of {len(seeds)} seeds on 10%" in text
     first, second, *_, last = gate.mean((0, 2))
     falls = f"mean gates fall from {second:.2f} in layer 2 to {last:.2f} in layer 5, but layer 1 has {first:.2f}"
-    assert (np.diff(gate.mean((0, 2))[1:]) < 0).all() and f"{falls}, too ({len(seeds)} seeds)" in text
+    assert (np.diff(gate.mean((0, 2))[1:]) < 0).all() and f"{falls} ({len(seeds)} seeds)" in text
 
 
 @pytest.mark.parametrize("command", find_commands())
