@@ -81,15 +81,15 @@ def print0(message: str):
 
 
 def abort(error: UserError | torch.OutOfMemoryError) -> NoReturn:
-    """Print an error, once per machine if all of its ranks raise it, kill data workers, and exit."""
+    """Kill data workers, print an error, once per machine if all of its ranks raise it, and exit."""
     if isinstance(error, torch.OutOfMemoryError):
         error = UserError(f"raise --grad-accum-steps, or lower --batch-size: {error}")
-    if local_rank() == 0 or not isinstance(error, Stopped):  # all ranks raise Stopped
-        time.sleep(local_rank())  # if a lower rank prints it, too, torchrun ends this process first
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader reports the workers killed below
     for worker in multiprocessing.active_children():
         worker.kill()  # SIGTERM would be deferred, see image_folder.py
+    if local_rank() == 0 or not isinstance(error, Stopped):  # all ranks raise Stopped
+        time.sleep(local_rank())  # if a lower rank raises it, too, torchrun ends this process first
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
     if dist.is_initialized():  # at once: leaving the group could wait for other ranks forever
         os._exit(error.status)
     sys.exit(error.status)
