@@ -61,7 +61,7 @@ class ConViTConfig:  # raises ValueError for invalid settings
         if min(sizes) <= 0 or self.num_classes < 0:
             raise ValueError("all sizes must be positive, except num_classes, which must be at least 0")
         token_never_joins = self.pool == "token" and self.gpsa_blocks.stop == self.depth
-        problems = {
+        problems = {  # message: whether it applies
             f"img_size={self.img_size} must be a multiple of {patch_size=}": height % patch_size or width % patch_size,
             f"dim={self.dim} must be a multiple of num_heads={self.num_heads}": self.dim % self.num_heads,
             f"gpsa_layers={self.gpsa_layers} must be 0 to depth={self.depth}": not 0 <= self.gpsa_layers <= self.depth,
@@ -70,8 +70,8 @@ class ConViTConfig:  # raises ValueError for invalid settings
             f'pool={self.pool!r} must be "token" or "mean"': self.pool not in ("token", "mean"),
             'the class token joins after the last GPSA block: lower gpsa_layers or set pool="mean"': token_never_joins,
         }
-        if any(problems.values()):
-            raise ValueError("; ".join(message for message in problems if problems[message]))
+        if messages := [message for message, applies in problems.items() if applies]:
+            raise ValueError("; ".join(messages))
 
     @property
     def image_shape(self) -> tuple[int, int]:  # in pixels
@@ -82,7 +82,7 @@ class ConViTConfig:  # raises ValueError for invalid settings
         return self.image_shape[0] // self.patch_size, self.image_shape[1] // self.patch_size
 
     @property
-    def gpsa_blocks(self) -> range:  # indices of the blocks that use GPSA
+    def gpsa_blocks(self) -> range:  # consecutive indices; the class token joins after the last
         return range(self.gpsa_layers)
 
 
@@ -101,7 +101,7 @@ MODELS = {
     "deit_small_plus":   ConViTConfig(dim=576, num_heads=9, gpsa_layers=0, qkv_bias=True),
     "deit_base":         ConViTConfig(dim=768, num_heads=12, gpsa_layers=0, qkv_bias=True),
     "deit_base_plus":    ConViTConfig(dim=1024, num_heads=16, gpsa_layers=0, qkv_bias=True),
-    # 32-pixel images: nano (1.2 M) trains on a CPU, the other (9.0 M) on a GPU; each followed by its plain ViT
+    # 32-pixel images: nano (1.2 M) for CPUs, convit_cifar (9.0 M) for GPUs, each followed by its plain ViT
     "convit_cifar_nano": ConViTConfig(32, 4, num_classes=10, dim=144, depth=7, num_heads=9, gpsa_layers=5, mlp_ratio=2),
     "vit_cifar_nano":    ConViTConfig(32, 4, num_classes=10, dim=144, depth=7, num_heads=9, gpsa_layers=0, mlp_ratio=2),
     "convit_cifar":      ConViTConfig(32, 4, num_classes=10, dim=288, depth=9, num_heads=9, gpsa_layers=7),
@@ -148,7 +148,7 @@ class GPSA(nn.Module):
         """Set the gates. With conv_init, also set v and v_pos: v_pos . r = -alpha |(dx, dy) - (Dx, Dy)|^2 + const.
 
         (Dx, Dy) runs through the taps of a kernel, column by column as in released models: in a 3 x 3 kernel with
-        alpha = 1, the second head attends to the patch on the left: v_pos = (-2, 0, -1). Two taps are at -1/2 and 1/2.
+        alpha = 1, the second head attends to the patch on the left: v_pos = (-2, 0, -1). If a side is 2: -1/2 and 1/2.
         """
         self.gating_param.fill_(self.config.gate_init)
         if not self.config.conv_init:
@@ -168,7 +168,7 @@ class GPSA(nn.Module):
         return torch.lerp(content, position, self.gate()[:, None, None].to(content.dtype))
 
     def attention_maps(self, q: Tensor, k: Tensor, grid: Grid) -> HeadAttention:
-        """C, P, g and A as defined at the top of this file, for inspection; `forward` computes A v without A."""
+        """C, P, g, and A as defined at the top of this file, for inspection; a matrix product would round P in bf16."""
         row, column = torch.cartesian_prod(*map(torch.arange, grid)).to(q.device).unbind(dim=1)  # n each
         dx, dy = column[None, :] - column[:, None], row[None, :] - row[:, None]  # key minus query: n n
         r = torch.stack([dx, dy, dx**2 + dy**2])  # 3 n n
@@ -191,9 +191,9 @@ class GPSA(nn.Module):
         return score_y.softmax(-1), score_x.softmax(-1)
 
     def forward(self, x: Tensor, grid: Grid, return_attention: bool = False) -> tuple[Tensor, HeadAttention | None]:
-        """A v = (1 - g) C v + g P v, where P v costs n (Y + X) d multiplications per head instead of n^2 d."""
+        """A v = (1 - g) C v + g P v; P v sums along y, then x: n (Y + X) d multiplications per head, not n^2 d."""
         q, k = rearrange(self.qk(x), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
-        v = rearrange(self.v(x), "b n (h d) -> b h n d", h=self.num_heads)
+        v = rearrange(self.v(x), "b n (h d) -> b h n d", h=self.num_heads).contiguous()  # one copy for both paths
         content_out = attend(q, k, v)  # C v
         position_y, position_x = (factor.to(v.dtype) for factor in self.position_factors(grid))
         rows = rearrange(v, "b h (y x) d -> b h y (x d)", y=grid[0])
@@ -229,7 +229,7 @@ class DropPath(nn.Dropout):
     """Stochastic depth: in training, drop the whole residual branch of a sample with probability p."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout1d(x.flatten(1)[None], self.p, self.training).view_as(x)  # drops channels: here, samples
+        return F.dropout1d(x.flatten(1)[None], self.p, self.training).view_as(x)  # 1 b (n c): channels are samples
 
 
 class Block(nn.Module):  # pre-norm: b n c -> b n c
@@ -299,7 +299,7 @@ class ConViT(nn.Module):
 
 def resize_pos_embed(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
     """Interpolate a position embedding from one grid (Y, X) to another (half types: in float32): 1 n c -> 1 n c."""
-    if not torch.compiler.is_exporting() and tuple(old) == tuple(new):  # exported grids are dynamic
+    if not torch.compiler.is_exporting() and tuple(old) == tuple(new):  # in an export, the new grid is dynamic
         return pos_embed
     image = rearrange(pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float)), "1 (Y X) c -> 1 c Y X", Y=old[0])
     image = F.interpolate(image, size=tuple(new), mode="bicubic", antialias=True)

@@ -7,8 +7,9 @@
     python train_imagenet.py --dataset patterns --model convit_cifar_nano --epochs 9 --batch-size 64       no data
 
 DIR contains train/CLASS/* and val/CLASS/*. Published results after 300 epochs: 73.1, 81.3, 82.4% top-1 (convit_tiny,
-_small, _base); this script has not been run that far yet. Unlike the authors' code, it evaluates the EMA weights, has a
-fixed magnitude of RandAugment, and draws mixup per image. The loop is that of train_cifar.py: compare them with `diff`.
+_small, _base); this script has not been run that far yet. Unlike the authors' code, it evaluates the EMA weights, uses
+torchvision's operations of RandAugment, at a fixed magnitude, and draws mixup per image. The loop is that of
+train_cifar.py: compare them with `diff`.
 """
 
 import signal
@@ -50,7 +51,9 @@ class Config(RunConfig):
     warmup_epochs: float = 5.0
     weight_decay: float = 0.05
     ema_decay: float = 0.99996
-    rand_augment: int = flag(9, "magnitude of RandAugment, two operations per image (0: off)", choices=range(11))
+    rand_augment: int = flag(
+        9, "magnitude of RandAugment: twice an operation, with p = 1/2 (0: off)", choices=range(11)
+    )
     aug_repeats: int = flag(3, "repeated augmentation: times a sampled image appears per epoch", minimum=1)
     label_smoothing: float = 0.1
     mixup: float = 0.8

@@ -19,6 +19,7 @@ RELEASED = ("convit_tiny", "convit_small", "convit_base")
 RELEASED_URL = "https://dl.fbaipublicfiles.com/convit/{}.pth"
 STATE_DICT_KEYS = ("ema", "state_dict_ema", "model", "state_dict", "model_ema")  # in order of preference
 PATCH_EMBED = "patch_embed.proj.weight"  # every ConViT and ViT has it; what precedes it in a file is a prefix
+STRUCTURE = ("patch_size", "in_chans", "dim", "depth", "num_heads", "gpsa_layers", "mlp_ratio", "qkv_bias", "pool")
 MAX_LISTED = 5  # names in an error
 
 
@@ -181,11 +182,14 @@ def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = (
     }
     problems = [f"{problem}: {list_names(keys)}" for problem, keys in mismatches.items() if keys]
     if problems:
-        name, _ = infer_model(weights.state)
-        actual = f" (it is a {name})" if name else ""
+        name, config = infer_model(weights.state)
+        found, wanted = vars(weights.config or config or model.config), vars(model.config)
+        facts = [f"it is a {name}"] if name else []
+        facts += [f"it has {key}={found[key]}, not {wanted[key]}" for key in STRUCTURE if found[key] != wanted[key]]
+        actual = f" ({', '.join(facts)})" if facts else ""
         raise ValueError(f"{source} does not match this model{actual}; {'; '.join(problems)}")
     model.load_state_dict(state)
-    if is_new_head:
+    if is_new_head and num_classes[1]:  # else, the model has no classifier
         warnings.warn(f"{source} has other classes, or no classifier; the model keeps its own classifier", stacklevel=3)
 
 

@@ -31,7 +31,7 @@ def torchvision_loader(magnitude: int) -> Callable[[Path], torch.Tensor]:
     transforms = v2.Compose([
         v2.RandomResizedCrop(SIZE, interpolation=v2.InterpolationMode.BICUBIC),
         v2.RandomHorizontalFlip(),
-        *([v2.RandAugment(2, magnitude, num_magnitude_bins=11)] if magnitude else []),
+        *([v2.RandomApply([v2.RandAugment(1, magnitude, num_magnitude_bins=11)])] * 2 if magnitude else []),
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(MEAN, STD),

@@ -80,6 +80,9 @@ def test_class_names_must_match_the_weights(tree, weights, tmp_path, output_of):
     output = output_of(train_cifar, "--data-dir", tree, "--eval", "--weights", weights)
     assert "uses square images, but" in output and "is for 32 x 64: add --img-size" in output
     assert not (tmp_path / "run").exists()
+    for count, words in ((2, "test_accuracy"), (3, "has 3 classes, but the images have 2: fine-tune it first")):
+        torch.save(create_model("convit_cifar_nano", num_classes=count).state_dict(), weights)  # without names
+        assert words in output_of(train_cifar, "--data-dir", tree, "--eval", "--weights", weights)
 
 
 @pytest.mark.usefixtures("small_model", "no_plots")

@@ -96,6 +96,19 @@ def test_numbers_in_the_text_are_those_of_the_runs(number):
     assert f"</summary>\n\n{percent}, mean gate {mean_gate}" in section
 
 
+def test_runs_of_other_parameters_are_to_be_opened_alone(monkeypatch):
+    """The introduction lists the changes with which the viewer cannot open the baseline's weights."""
+    changed, unchanged = [], changed_model(0, monkeypatch)[1]
+    for number in EXERCISES:
+        module, _ = changed_model(number, monkeypatch)
+        try:
+            module.ConViT(module.ConViTConfig(**vars(unchanged.config))).load_state_dict(unchanged.state_dict())
+        except (RuntimeError, ValueError):
+            changed.append(number)
+    listed = re.search(r"Exercises ([\d, and]+) change the parameters", " ".join(TEXT.split()))[1]
+    assert changed == list(map(int, re.findall(r"\d+", listed)))
+
+
 def test_wide_heads_of_exercise_4():
     """Distance and strength of the heads above and below the query patch, in layers 3 to 5."""
     heads = read_runs(RESULTS / "runs.jsonl")[f"{EXERCISES[4].key}-seed0"]["metrics"][-1]["heads"]

@@ -279,6 +279,14 @@ def test_one_process_per_machine_downloads_after_rank_0(rank, local_rank, waits_
     assert calls == ["wait"] * waits_before + ["load"] + ["wait"] * (2 - waits_before)
 
 
+def test_every_image_of_every_epoch_has_its_own_draw(read, monkeypatch):
+    seeds = []
+    monkeypatch.setattr("training.image_folder.shard_batches",
+                        lambda keys, *_: seeds.extend(seed for _, seed in keys) or [])  # fmt: skip
+    list(read("train_imagenet", "--aug-repeats", "3")[2].train_batches(2))  # `read` has requested epoch 1
+    assert len(seeds) == len(set(seeds)) == 48
+
+
 @pytest.mark.usefixtures("small_model", "no_plots")
 @each_script
 def test_run_goes_on_after_a_bad_image_is_removed(name, tree, tmp_path, capsys):

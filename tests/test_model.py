@@ -230,8 +230,25 @@ def test_position_bias_cancels():
     for block in model.blocks[:2]:
         block.attn.pos_proj.bias.data.add_(5)
     assert torch.equal(model(images), before)
-    v_pos, offset = torch.randn(3), torch.randn(8, 3)  # and so it does in the equation
-    torch.testing.assert_close((offset @ v_pos + 5).softmax(0), (offset @ v_pos).softmax(0))
+
+
+def test_initialization_has_the_statistics_of_timms():
+    timm = pytest.importorskip("timm", reason="timm is the reference; pip install -r requirements-dev.txt")
+    theirs = timm.create_model("convit_tiny").state_dict()
+    for name, value in create_model("convit_tiny").state_dict().items():
+        assert value.mean().item() == pytest.approx(theirs[name].mean().item(), abs=0.01), name
+        assert value.std().item() == pytest.approx(theirs[name].std().item(), rel=0.25, abs=1e-9), name
+
+
+def test_gpsa_keeps_one_copy_of_v_for_the_backward_pass():
+    """Distinct numbers that a layer saves, in activations: the input, q, k, v, both outputs, their mix, and a few."""
+    model, tokens = create_model("convit_cifar_nano"), torch.randn(64, 64, 144, requires_grad=True)
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda value: saved.setdefault(value.untyped_storage().data_ptr(), value), lambda value: value
+    ):
+        model.blocks[0].attn(tokens, (8, 8))
+    assert sum(value.untyped_storage().nbytes() for value in saved.values()) < 9.1 * 4 * tokens.numel()
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():

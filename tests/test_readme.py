@@ -6,10 +6,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from convit_min import ConViT, create_model
 from experiments import grid
 from experiments.sweep import read_runs
 from training.config import CHANGEABLE_ON_RESUME, parse_flags
+from training.image_folder import _defer_signals
 
 README = (ROOT / "README.md").read_text()
 DOCS = {f"docs/{file.name}": file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
@@ -171,9 +174,14 @@ def test_flags_that_may_change_on_resume_are_listed():
     assert listed | {"run", "resume", "weights", "eval", "csv"} == CHANGEABLE_ON_RESUME  # these belong to one command
 
 
-def test_workers_outlast_the_documented_shutdown():
+def test_workers_outlast_the_documented_shutdown(monkeypatch):
     documented = re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", DOCS["docs/distributed.md"])
-    assert f"signal.alarm({documented[1]})" in (ROOT / "training/image_folder.py").read_text()
+    handlers, alarms = {}, []
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(signal, "alarm", alarms.append)
+    _defer_signals(0)
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert alarms == [int(documented[1])] and handlers[signal.SIGINT] == signal.SIG_IGN
 
 
 def test_seed_loop_prints_mean_and_standard_deviation(tmp_path, monkeypatch, capsys):
@@ -189,6 +197,13 @@ OPTIONAL = {"playwright", "scipy", "tensorboard", "timm", "safetensors"}  # only
 PACKAGES = {"PIL": "pillow", "gradio_client": "gradio", "huggingface_hub": "gradio", "packaging": "gradio"}
 
 
+def imports(file: Path) -> set[str]:
+    """The modules and packages that a file imports."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}}
+
+
 def test_requirements_list_what_is_imported():
     """The test tools aside, which need only be in requirements-dev.txt."""
     listed = {
@@ -197,13 +212,8 @@ def test_requirements_list_what_is_imported():
     }
     ours = {path.stem for path in ROOT.iterdir()}
     for file in (file for pattern in ("*.py", "[a-z]*/*.py") for file in ROOT.glob(pattern)):
-        imported = set()
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                imported.add(node.module.split(".")[0])
-        packages = {PACKAGES.get(name, name) for name in imported - sys.stdlib_module_names - ours - {"conftest"}}
+        others = imports(file) - sys.stdlib_module_names - ours - {"conftest"}
+        packages = {PACKAGES.get(name, name) for name in others}
         required = listed[""] | (listed["-dev"] if file.parent.name == "tests" else OPTIONAL & listed["-dev"])
         assert packages <= required, file
 
@@ -253,6 +263,17 @@ def same_logits(model: torch.nn.Module, other: torch.nn.Module) -> bool:
     images = torch.randn(1, 3, *model.config.image_shape)
     with torch.no_grad():
         return torch.allclose(model(images), other.eval()(images), atol=1e-4)
+
+
+def test_imports_point_one_way():
+    """As CONTRIBUTING.md says."""
+    ours, allowed = {path.stem for path in ROOT.iterdir()}, set()
+    for level in (["convit_min", "images"], ["weights", "analysis"], ["training"], ["viewer"]):
+        for name in level:
+            for file in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py")]:
+                assert imports(file) & ours <= allowed | {name}, file
+        allowed |= set(level)
+    assert imports(ROOT / "convit_min.py") - sys.stdlib_module_names == {"torch", "einops"}
 
 
 @pytest.mark.filterwarnings("error")

@@ -223,6 +223,10 @@ def test_paired_runs_differ_only_in_what_is_compared(finished, monkeypatch):
     assert len(configs) == 17 + 40 + 24 and configs.keys() == finished.keys()
     assert {configs[f"vit-100%-seed{seed}"]["lr"] for seed in grid.SEEDS} == {1.25e-4}
     assert all(config["val_fraction"] == (0.1 if name[:4] == "tune" else None) for name, config in configs.items())
+    arms = {name: configs[f"{name}-10%-seed0"] for name in ("convit", "vit", *grid.VARIANTS)}
+    assert {name: (arm["gpsa_layers"], arm["gating"], arm["gate_init"]) for name, arm in arms.items()} == {
+        "convit": (None, "learned", 1), "vit": (0, "learned", 1),
+        "gates-0.5": (None, "frozen", 0), "gates-0.73": (None, "frozen", 1)}  # fmt: skip
     compared = {"lr", "data_fraction", "gpsa_layers", "gating", "gate_init", "gate_lr_scale", "pool"}
     for seed in grid.SEEDS:
         paired = [config for name, config in configs.items() if name.endswith(f"%-seed{seed}")]

@@ -1,5 +1,6 @@
 """train_cifar.py as a user runs it, and its components against slow references."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -9,10 +10,12 @@ import sys
 import tarfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,11 +26,14 @@ from convit_min import attend, create_model
 from images import normalize
 from training import checkpoint
 from training.augment import mixup_cutmix, random_crop, random_erasing, random_hflip
+from training.config import parse_flags
 from training.data import InMemoryData, cifar_class, epoch_order, load_images, split_train_val, stratified_subset
 from training.distributed import UserError
-from training.image_folder import random_resized_crop
+from training.image_folder import ImageFolderDataset, decode_crop, random_resized_crop
 from training.optim import ModelEMA, autocast, learning_rate, param_groups
 from training.patterns import patterns
+from training.plots import plot_gates, plot_non_locality
+from training.run import Run
 from weights import load_weights, open_model
 
 ROOT = Path(__file__).parent.parent
@@ -270,6 +276,7 @@ def test_random_erasing_fills_boxes_with_noise():
         assert mask.sum() == box[0].numel() <= 400 / 3 + 45
         assert box.std() > 0.3 or box.numel() < 30  # noise, not one color
     assert len({int(mask.sum()) for mask in changed[touched]}) > 20
+    assert 0.95 < erased[erased != 7].std() < 1.05
 
 
 def test_stratified_subset_follows_the_seed():
@@ -287,6 +294,7 @@ def test_repeated_augmentation():
     order = epoch_order(90, seed=0, epoch=1, repeats=3)
     assert len(order) == 90 and sorted(order.bincount(minlength=90).unique().tolist()) == [0, 3]
     assert not torch.equal(order, epoch_order(90, seed=0, epoch=2, repeats=3))
+    assert not torch.equal(epoch_order(90, seed=0, epoch=1), epoch_order(90, seed=1, epoch=1))
 
 
 def test_epochs_of_any_length_are_slices_of_the_passes():
@@ -344,6 +352,66 @@ def test_random_resized_crop_does_not_depend_on_the_decoding_scale(tmp_path, mon
     assert len({round(part.mean()) for part in parts}) > 5  # another part each time
 
 
+def test_rand_augment_and_the_range_of_crops(tmp_path, monkeypatch):
+    """The dose of the authors: two operations, each with probability 1/2; crops of 8 to 100%, aspect 3:4 to 4:3."""
+    y, x = np.mgrid[0:60, 0:80]
+    Image.fromarray(np.stack([3 * x, 4 * y, x + y], -1).astype(np.uint8)).save(tmp_path / "a.png")
+    augmented, applied = ImageFolderDataset([tmp_path / "a.png"], torch.zeros(1), 16, 9), []
+    apply = torchvision.transforms.autoaugment._apply_op
+    monkeypatch.setattr("torchvision.transforms.autoaugment._apply_op", lambda *args, **kwargs: applied.append(args[1])
+                        or apply(*args, **kwargs))  # fmt: skip
+    plain = ImageFolderDataset([tmp_path / "a.png"], torch.zeros(1), 16, 0)
+    same = sum(torch.equal(plain[0, seed][0], augmented[0, seed][0]) for seed in range(400))
+    assert 340 < len(applied) < 460 and 90 < same < 200  # at least a quarter has no operation
+
+    areas, aspects = [], []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        left, top, right, bottom = decode_crop(tmp_path / "a.png", 16)[1]
+        areas.append((right - left) * (bottom - top) / 4800)
+        aspects.append((right - left) / (bottom - top))
+    assert 0.07 < min(areas) < 0.15 and 0.85 < max(areas) <= 1
+    assert 0.68 < min(aspects) < 0.82 and 1.22 < max(aspects) < 1.45
+
+
+def test_plots_show_the_metrics_of_each_layer():
+    metrics = read_metrics(ROOT / "demo" / "cifar10")
+    panel = plot_gates(metrics).axes[3]
+    assert panel.get_title() == "layer 4"
+    np.testing.assert_allclose(panel.lines[4].get_ydata(), [row["heads"]["gate"][3][4] for row in metrics])
+    lines = plot_non_locality(metrics, 4.14).axes[0].lines
+    expected = [np.mean(row["heads"]["non_locality"][2]) for row in metrics]
+    np.testing.assert_allclose(lines[2].get_ydata(), expected)
+
+
+def test_saves_are_due_after_steps_or_minutes(monkeypatch):
+    monkeypatch.setattr("training.run.time", SimpleNamespace(monotonic=lambda: 1000.0))
+
+    def is_due(every, step: int, saved_at: float = 0) -> bool:
+        return Run._is_save_due(SimpleNamespace(config=SimpleNamespace(save_every=every), saved_at=saved_at), step)
+
+    assert is_due("10m", 1, 399) and not is_due("10m", 1, 401)
+    assert is_due("3", 3) and not is_due("3", 2) and not is_due(None, 3)
+    assert train_cifar.Config(epochs=3, data_fraction=0.1, scale_epochs=True).total_epochs == 30
+
+
+def test_config_repeats_a_run(tmp_path, monkeypatch):
+    saved = train_cifar.Config(lr=0.5, hflip=False, resume=True, run="elsewhere", workers=77)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(saved)))
+    argv = ["train_cifar.py", "--config", str(tmp_path / "config.json"), "--run", "runs/again", "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    own = {name: getattr(train_cifar.Config(), name) for name in ("resume", "eval", "device", "workers")}
+    assert vars(parse_flags(train_cifar.Config, "")) == vars(saved) | own | {"run": "runs/again", "seed": 1}
+
+
+def test_demo_was_trained_with_the_defaults():
+    """`python train_cifar.py --amp` is the run with 84.1%."""
+    record = json.loads((ROOT / "demo" / "cifar10" / "config.json").read_text())
+    defaults = vars(train_cifar.Config())
+    changed = {name for name in record if record[name] != defaults[name]}
+    assert record["amp"] == "bf16" and changed <= {"amp", "data_dir", "dataset", "device", "workers"}
+
+
 def test_schedule_and_param_groups():
     rates = [learning_rate(step, 1000, 100, 1e-3) for step in range(1000)]
     assert rates[0] == 1e-6 and rates[100] == max(rates) == 1e-3 and rates[999] == pytest.approx(1e-5)
@@ -353,9 +421,9 @@ def test_schedule_and_param_groups():
 
     model = create_model("convit_cifar_nano")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, plain, gates = (
-        {names[id(parameter)] for parameter in group["params"]} for group in param_groups(model, 0.05, 20)
-    )
+    groups = param_groups(model, 0.05, 20)
+    assert [(group["weight_decay"], group["lr_scale"]) for group in groups] == [(0.05, 1), (0, 1), (0, 20)]
+    decayed, plain, gates = ({names[id(parameter)] for parameter in group["params"]} for group in groups)
     assert gates == {f"blocks.{layer}.attn.gating_param" for layer in range(5)}
     assert {"pos_embed", "cls_token", "norm.weight", "blocks.0.norm1.bias", "patch_embed.proj.bias"} <= plain
     assert {"blocks.0.attn.pos_proj.weight", "head.weight", "patch_embed.proj.weight"} <= decayed
@@ -394,6 +462,9 @@ def test_bf16_on_a_cpu_avoids_the_fused_kernel_with_the_same_gradients():
         gradients[amp] = torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
     assert kernels["off"] and not kernels["bf16"]
     assert torch.nn.functional.cosine_similarity(*gradients.values(), dim=0) > 0.999
+    q, k, v = torch.randn(3, 1, 2, 64, 16)  # sharper attention than that of an untrained model
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attend(*(x.bfloat16() for x in (q, k, v))).float(), expected, atol=0.03, rtol=0.03)
     q = torch.randn(1, 1, 257, 8, dtype=torch.bfloat16)  # the map grows with n squared, so that it is not stored here
     with torch.profiler.profile() as profile:
         attend(q, q, q)

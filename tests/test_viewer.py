@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
@@ -18,7 +19,7 @@ from PIL import Image, ImageSequence
 from convit_min import ConViT, ConViTConfig, create_model
 from images import normalize
 from training.checkpoint import save_weights
-from viewer import sessions
+from viewer import export, sessions
 from viewer.examples import Example, load_examples
 from viewer.export import draw_gates, export_view
 from viewer.inspector import AttentionInspector, open_run, open_weights
@@ -255,13 +256,38 @@ def test_figures_use_the_pages_epoch_scale_and_show_changed_gates(inspector):
 
 def test_display_of_an_exported_view_is_reduced(inspector, photo, monkeypatch):
     """The browser sends it back, and it may be anything."""
-    view = inspector.prepare_image(photo) | {"layer": 3, "head": 4, "query": 0, "gates": None, "snapshot": 0}
+    gates = [[1.0] * 9] * 5 + [None] * 2
+    view = inspector.prepare_image(photo) | {"layer": 3, "head": 4, "query": 21, "gates": gates, "snapshot": 4}
     view["display"] = data_url(encode_image(Image.new("RGB", (4000, 3000)), "PNG"), "png")
-    sizes = []
-    monkeypatch.setattr("viewer.export.draw_map", lambda axes, pixels, *_, **__: sizes.append(pixels.shape) or ([], []))
+    drawn = []
+
+    def draw_map(axes, pixels, maps, query, **_) -> tuple[list, list]:
+        drawn.append((pixels.shape, maps, query))
+        return [], []
+
+    monkeypatch.setattr("viewer.export.draw_map", draw_map)
     monkeypatch.setattr("viewer.export.draw_lines", lambda *_: None)
     export_view(inspector, view, animated=False)
-    assert sizes[0] == (288, 384, 3)
+    assert drawn[0][0] == (288, 384, 3)
+    expected = inspector.head_maps(view["pixels"], 3, 4, 21, gates)  # with the changed gates
+    assert [maps for _, maps, _ in drawn] == [expected[4], *expected] and {query for *_, query in drawn} == {21}
+    np.testing.assert_allclose(expected[4]["mixed"], expected[4]["position"], atol=1e-5)
+
+
+def test_export_command(photo, tmp_path, monkeypatch):
+    """Layers, heads, rows, and columns count from 1."""
+    (tmp_path / "photo.png").write_bytes(photo)
+    views = []
+    monkeypatch.setattr("viewer.export.export_view", lambda _, view, animated: views.append(view) or b"GIF")
+    argv = ["export", tmp_path / "heads.gif", "--run", DEMO, "--image", tmp_path / "photo.png", "--layer", 4]
+    argv = [str(value) for value in [*argv, "--head", 9, "--patch"]]
+    monkeypatch.setattr(sys, "argv", [*argv, "6", "2"])
+    export.main()
+    assert (tmp_path / "heads.gif").read_bytes() == b"GIF"
+    assert [views[0][name] for name in ("layer", "head", "query")] == [3, 8, 5 * 8 + 1]
+    monkeypatch.setattr(sys, "argv", [*argv, "9", "1"])
+    with pytest.raises(SystemExit, match="expected a row from 1 to 8, not 9"):
+        export.main()
 
 
 def test_gif_has_one_distinct_frame_per_snapshot(inspector, photo):

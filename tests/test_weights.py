@@ -1,9 +1,11 @@
 """load_weights: round trips, other sizes, and damaged or malicious files."""
 
 import argparse
+import math
 import pathlib
 import pickle
 import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import PosixPath
 
@@ -100,7 +102,12 @@ def test_download_is_cached_unless_it_is_damaged(safetensors, web_server, tmp_pa
 
 def test_error_names_the_model_of_the_file(tmp_path):
     torch.save(create_model("vit_cifar_nano").state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"does not match this model \(it is a vit_cifar_nano\); missing: "):
+    with pytest.raises(
+        ValueError, match=r"this model \(it is a vit_cifar_nano, it has gpsa_layers=0, not 5\); missing: "
+    ):
+        load_weights(create_model("convit_cifar_nano"), tmp_path / "weights.pt")
+    save_weights(create_model("convit_cifar_nano", patch_size=8), list("abcdefghij"), 1.0, 3, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"this model \(it has patch_size=8, not 4\); with a different shape: patch"):
         load_weights(create_model("convit_cifar_nano"), tmp_path / "weights.pt")
 
 
@@ -129,8 +136,14 @@ def test_weights_of_224_pixels_load_at_256_by_192(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(other(images), trained(images))  # resized on loading, or on the way
     assert other.pos_embed.shape == (1, 16 * 12, 192)
-    side = trained.pos_embed.detach().unflatten(1, (14, 14)).mean((1, 2)), other.pos_embed.detach().mean(1)
-    assert (side[0] - side[1]).abs().max() < 0.1  # still the same embedding
+
+
+@pytest.mark.parametrize(("old", "new"), [((14, 14), (16, 12)), ((2, 8), (4, 4)), ((5, 7), (9, 3))])
+def test_resized_pos_embed_equals_timms(old, new):
+    layers = pytest.importorskip("timm.layers", reason="timm is the reference; pip install -r requirements-dev.txt")
+    pos_embed = torch.randn(1, math.prod(old), 6)
+    expected = layers.resample_abs_pos_embed(pos_embed, list(new), list(old), num_prefix_tokens=0)
+    torch.testing.assert_close(resize_pos_embed(pos_embed, old, new), expected)
 
 
 def test_same_number_of_patches_on_another_grid_is_interpolated(tmp_path):
@@ -182,7 +195,7 @@ def test_other_number_of_classes_keeps_the_new_head(tmp_path):
         load_weights(model, tmp_path / "weights.pt")
     assert torch.equal(model.head.weight, head)
     backbone = ConViT(ConViTConfig(**{**vars(CONFIG), "num_classes": 0}))
-    with pytest.warns(UserWarning, match="other classes, or no classifier; the model keeps its own"):
+    with warnings.catch_warnings(action="error"):  # it has no classifier
         load_weights(backbone, tmp_path / "weights.pt")
     assert backbone(torch.randn(1, 3, 20, 28)).shape == (1, 36)
     torch.save(backbone.state_dict(), tmp_path / "backbone.pt")

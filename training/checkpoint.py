@@ -95,6 +95,7 @@ def snapshot_epochs(epochs: int, count: int = 16) -> set[int]:
 
 def provenance(device: torch.device) -> dict:
     """How a result is produced: command, commit, current time, hardware, and versions."""
+    amx = ", AMX" if torch.cpu.get_capabilities().get("amx_tile") else ""  # bf16 is fast only with it
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # set by python -m PACKAGE.MODULE
     program = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
     entry = {
@@ -104,7 +105,7 @@ def provenance(device: torch.device) -> dict:
         "device": f"CPU, {torch.get_num_threads()} threads",
         "processes": world_size(),
         "cpu": _search(r"model name\s*: (.*)", "/proc/cpuinfo") or platform.processor(),  # not Linux, or not x86
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}{amx}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": version("torchvision"),

@@ -144,6 +144,8 @@ class RunConfig:
 
     def check(self, num_train: int):
         """Raise UserError for training flags that contradict each other, the data, or the machine."""
+        if self.eval:  # in Python; the scripts do not train then
+            raise UserError("train() does not evaluate: call evaluate_weights, as main() does")
         if self.csv:
             raise UserError("--csv needs --eval")
         if self.tensorboard and not find_spec("tensorboard"):
@@ -163,8 +165,9 @@ class RunConfig:
     def check_same_run(self, saved: dict):
         """Raise UserError if a flag differs from the saved run and may not change on --resume."""
         for name, value in vars(self).items():
-            if name not in CHANGEABLE_ON_RESUME and value != saved.get(name):
-                difference = f"--{name.replace('_', '-')} {saved.get(name)}, not {value}"
+            old = saved.get(name, getattr(type(self), name))  # of a flag that is newer than the run: its default
+            if name not in CHANGEABLE_ON_RESUME and value != old:
+                difference = f"--{name.replace('_', '-')} {old}, not {value}"
                 raise UserError(f"the run has {difference}: omit the flag, or choose another --run")
 
 

@@ -241,7 +241,8 @@ def decode(files: ImageSet, size: int, config, crop_pct: float = 1.0) -> tuple[I
 
 def remedy(config) -> str:
     """What to do about unreadable images."""
-    repair = f"repair {'' if config.val_fraction else 'or remove '}such files"  # without them, the split is another
+    keep = "repair such files, but do not remove them, which would change the split"
+    repair = keep if config.val_fraction else "repair or remove such files"
     return repair if config.skip_bad_images else f"{repair}, or leave them out with --skip-bad-images"
 
 

@@ -121,7 +121,7 @@ def write_report(
             for index, label, predicted, probability, loss, _ in zip(*map(Tensor.tolist, predictions), strict=True):
                 cells = names[int(index)], classes[int(label)], classes[int(predicted)]
                 rows.writerow([*cells, f"{probability:.4f}", f"{loss:.4f}"])
-    print(f"The report is in {folder}/eval.json", flush=True)
+    print(f"The report is in {folder}/eval.json{' and eval.csv' if names is not None else ''}", flush=True)
 
 
 def match_classes(model: ConViT, classes: list[str], source: str) -> Tensor:

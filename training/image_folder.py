@@ -38,9 +38,10 @@ class ImageFolderDataset(Dataset):
         self.files = np.array([os.fsencode(file) for file in files])  # a single block, shared by forked workers
         self.labels, self.size, self.rand_augment, self.crop_pct = labels, size, rand_augment, crop_pct
         if rand_augment is not None:
-            from torchvision.transforms import RandAugment  # slow: once here, before workers are forked
+            from torchvision.transforms import Compose, RandAugment, RandomApply  # slow: once, before forking
 
-            self.augment = RandAugment(2, rand_augment, num_magnitude_bins=11)  # bins 0..10, so that 9 is DeiT's m9
+            operation = RandAugment(1, rand_augment, num_magnitude_bins=11)  # bins 0..10, so that 9 is DeiT's m9
+            self.augment = Compose([RandomApply([operation])] * 2)  # each with probability 1/2, as in timm
 
     def __len__(self) -> int:
         return len(self.files)

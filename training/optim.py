@@ -7,11 +7,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 
-def learning_rate(
-    step: int, total_steps: int, warmup_steps: int, peak_lr: float, start_lr: float = 1e-6, end_lr: float = 1e-5
-) -> float:
-    """Learning rate of step 0 .. total_steps - 1: linear warm-up, then a half cosine (the recipe of DeiT)."""
-    start_lr, end_lr = min(start_lr, peak_lr), min(end_lr, peak_lr)
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
+    """Learning rate of step 0 .. total_steps - 1: linear warm-up from 1e-6, half cosine to 1e-5 (as in DeiT)."""
+    start_lr, end_lr = min(1e-6, peak_lr), min(1e-5, peak_lr)
     # 1. warm up from start_lr; the first step after it has peak_lr
     if step < warmup_steps:
         return start_lr + (peak_lr - start_lr) * step / warmup_steps

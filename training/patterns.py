@@ -1,8 +1,8 @@
 """A synthetic dataset whose label requires both local texture and a comparison of two distant positions.
 
-Every image shows four squares on noise: a plain one, the cue, and three textured ones, each in its own color. The label
-is the texture whose color matches the cue. Textures alone leave three candidates, so accuracy without the cue is capped
-at 1/3; attention from one square to another resolves it.
+Every image shows four squares on noise: the cue, which is plain, and three textured ones, each in its own color. The
+label is the texture whose color matches the cue. Textures alone leave three candidates, so accuracy without the cue is
+capped at 1/3; attention from one square to another resolves it.
 """
 
 import torch
@@ -27,9 +27,8 @@ def patterns(count: int, split: str) -> tuple[Tensor, Tensor]:
         return torch.rand(count, n, generator=generator).argsort(dim=1)
 
     # textures as 8 x 8 masks; the last one, all ones, is the cue
-    y, x = torch.arange(SQUARE)[:, None], torch.arange(SQUARE)
-    masks = torch.stack([(y + 0 * x) // 2 % 2, (0 * y + x) // 2 % 2, (x + y) // 2 % 2, (y // 2 + x // 2) % 2])
-    masks = torch.cat([masks, torch.ones_like(masks[:1])])
+    y, x = torch.meshgrid(torch.arange(SQUARE), torch.arange(SQUARE), indexing="ij")
+    masks = torch.stack([y // 2, x // 2, (x + y) // 2, y // 2 + x // 2, torch.ones_like(y)]) % 2
 
     # cells of a 3 x 3 grid, textures, and colors; squares are aligned with patches, or a nano model trains far longer
     cells, textures, colors = permutations(9)[:, :4], permutations(4)[:, :3], permutations(3)
