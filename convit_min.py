@@ -148,7 +148,7 @@ class GPSA(nn.Module):
         """Set the gates. With conv_init, also set v and v_pos: v_pos . r = -alpha |(dx, dy) - (Dx, Dy)|^2 + const.
 
         (Dx, Dy) runs through the taps of a kernel, column by column as in released models: in a 3 x 3 kernel with
-        alpha = 1, the second head attends to the patch on the left: v_pos = (-2, 0, -1). If a side is 2: -1/2 and 1/2.
+        alpha = 1, the second head attends to the patch on the left: v_pos = (-2, 0, -1). A side of two: -1/2 and 1/2.
         """
         self.gating_param.fill_(self.config.gate_init)
         if not self.config.conv_init:
@@ -191,7 +191,7 @@ class GPSA(nn.Module):
         return score_y.softmax(-1), score_x.softmax(-1)
 
     def forward(self, x: Tensor, grid: Grid, return_attention: bool = False) -> tuple[Tensor, HeadAttention | None]:
-        """A v = (1 - g) C v + g P v; P v sums along y, then x: n (Y + X) d multiplications per head, not n^2 d."""
+        """A v = (1 - g) C v + g P v. P v sums over y, then over x: n (Y + X) d multiplications per head, not n^2 d."""
         q, k = rearrange(self.qk(x), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
         v = rearrange(self.v(x), "b n (h d) -> b h n d", h=self.num_heads).contiguous()  # one copy for both paths
         content_out = attend(q, k, v)  # C v
