@@ -54,12 +54,17 @@ def gates(model: ConViT) -> Tensor:
 
 
 def non_locality(attention: HeadAttention, grid: tuple[int, int]) -> Tensor:
-    """Mean attention distance of every head of a layer in patches (h), averaged over images and queries (Eq. 8).
+    """Mean attention distance of every head of a layer in patches (h), averaged over images and queries (Eq. 8)."""
+    return mean_distance(attention.mixed, grid)
+
+
+def mean_distance(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean distance from query to key in attention maps (b h n n), in patches (h).
 
     The class token has no position: only attention between patches counts, renormalized to sum to 1.
     """
-    distance = patch_distances(grid).to(attention.mixed)
-    patches = attention.mixed[..., -len(distance) :, -len(distance) :]  # without the class token
+    distance = patch_distances(grid).to(maps)
+    patches = maps[..., -len(distance) :, -len(distance) :]  # without the class token
     return ((patches * distance).sum(-1) / patches.sum(-1)).mean(dim=(0, 2))
 
 

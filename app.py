@@ -67,21 +67,31 @@ BAD_ARGUMENTS = KeyError, TypeError, IndexError, AttributeError, OverflowError, 
 def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> gr.Blocks:
     """The page for some models, by key; the first one opens. With `compare`, it plots their curves together."""
     first, training_queue = next(iter(models)), TrainingQueue()
-    open_trained = functools.lru_cache(MAX_KEPT_RUNS)(open_run)
     atexit.register(training_queue.close)
+
+    @functools.lru_cache(MAX_KEPT_RUNS)
+    def open_trained(run_dir: Path) -> AttentionInspector:
+        gc.collect()  # models that the cache has dropped are in reference cycles
+        return open_run(run_dir, "your tiny model")
 
     def select(key: str) -> AttentionInspector:
         """The model of a key ("" for the first one), or the one that a session has trained."""
         if key == "" or key in models:
             return models[key or first]
         if run_dir := training_queue.run_dirs.get(key):
-            gc.collect()  # models that the cache has dropped are in reference cycles
-            return open_trained(run_dir, "your tiny model")
+            return open_trained(run_dir)
         raise ValueError("This training run has expired; please select another model.")
+
+    def newest(key: str) -> AttentionInspector:
+        """The same, with what its run has written since."""
+        inspector = select(key).refresh()
+        if key == "" or key in models:
+            models[key or first] = inspector
+        return inspector
 
     # the functions that the page's JavaScript calls, with the fields of a JSON object as arguments
     def describe(model: str) -> dict:
-        selected = select(model).refresh()
+        selected = newest(model)
         others = [other.curves() for other in models.values() if compare and other is not selected]
         return selected.describe() | {
             "key": model or first,
@@ -114,7 +124,7 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
 
         Layers count from 1, as on the page; snapshots, rows, and columns from 0. Snapshot -1 is the last one.
         """
-        inspector = select(model).refresh()
+        inspector = newest(model)
         (rows, columns), count = inspector.config.grid, len(inspector.models)
         check_index("snapshot", snapshot, -count, count - 1)
         check_index("row", row, 0, rows - 1)
@@ -125,8 +135,8 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
     @api_errors()
     def classes(image: str, top: int = 3, model: str = "") -> list[tuple[str, float]]:
         """The most likely classes of an image and their probabilities, the best first."""
-        last = select(model).refresh().models[-1]
-        check_index("number of classes", top, 1, len(last.classes))
+        last = newest(model).models[-1]
+        check_index("number of classes", min(top, 1000), 1, 1000)
         upload = load_upload(base64.b64decode(image, validate=True), decode_size(*last.config.image_shape))
         return worker.submit(predict, last, upload, top).result()
 

@@ -148,7 +148,7 @@ class GPSA(nn.Module):
         """Set the gates. With conv_init, also set v and v_pos: v_pos . r = -alpha |(dx, dy) - (Dx, Dy)|^2 + const.
 
         (Dx, Dy) runs through the taps of a kernel, column by column as in released models: in a 3 x 3 kernel with
-        alpha = 1, the second head attends to the patch on the left: v_pos = (-2, 0, -1). A side of two: -1/2 and 1/2.
+        alpha = 1, the second head looks at the left patch: v_pos = (-2, 0, -1). Two taps on a side are at -1/2 and 1/2.
         """
         self.gating_param.fill_(self.config.gate_init)
         if not self.config.conv_init:
@@ -168,13 +168,13 @@ class GPSA(nn.Module):
         return torch.lerp(content, position, self.gate()[:, None, None].to(content.dtype))
 
     def attention_maps(self, q: Tensor, k: Tensor, grid: Grid) -> HeadAttention:
-        """C, P, g, and A as defined at the top of this file, for inspection; a matrix product would round P in bf16."""
+        """C, P, g, and A as defined at the top of this file, for inspection; `forward` computes A v without A."""
         row, column = torch.cartesian_prod(*map(torch.arange, grid)).to(q.device).unbind(dim=1)  # n each
         dx, dy = column[None, :] - column[:, None], row[None, :] - row[:, None]  # key minus query: n n
         r = torch.stack([dx, dy, dx**2 + dy**2])  # 3 n n
         v_pos = self.pos_proj.weight.float()  # h 3
         content = content_map(q, k)  # b h n n
-        position = (v_pos[:, :, None, None] * r).sum(dim=1).softmax(dim=-1)  # h n n
+        position = (v_pos[:, :, None, None] * r).sum(dim=1).softmax(dim=-1)  # h n n; by no matrix product: bf16
         return HeadAttention(content, position, self.gate(), self.mix(content, position))
 
     def position_factors(self, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,8 @@ def open_model(source: str | Path) -> ConViT:
     name, config = (Path(source).stem, weights.config) if weights.config else infer_model(weights.state)
     if config is None:
         raise ValueError(f"{source} has no classifier, or does not match any model in convit_min.MODELS")
+    if config.in_chans not in (1, 3):
+        raise ValueError(f"{source} is for images of {config.in_chans} channels: only grayscale and RGB can be opened")
     if config.in_chans == 1:  # images are RGB: open an equivalent model of the mean of their channels
         weights.state[PATCH_EMBED] = weights.state[PATCH_EMBED] * (torch.tensor(STD) / sum(STD)).view(3, 1, 1)
         config = replace(config, in_chans=3)

@@ -38,6 +38,7 @@ from training.data import InMemoryData
 from training.distributed import Stopped, UserError
 from training.optim import learning_rate
 from training.patterns import patterns
+from training.run import Run
 
 pytestmark = pytest.mark.usefixtures("small_model", "no_plots")
 QUICK = ["--epochs", "6", "--batch-size", "4", "--drop-path", "0.2", "--mixup", "0.8", "--save-every", "3"]
@@ -164,9 +165,11 @@ def test_run_killed_six_times_ends_bitwise_identical(tree, reference_run, tmp_pa
 
 
 def become_worker():
-    """In a child process: become the only worker of a torchrun agent."""
+    """In a child process: become the only worker of a torchrun agent; a step lasts until both signals have arrived."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     train_quickly()
+    after_step = Run.after_step
+    Run.after_step = lambda run, *args: time.sleep(0.5 * bool(run.signals)) or after_step(run, *args)
 
 
 @pytest.mark.parametrize(
@@ -223,20 +226,21 @@ def become_rank(rank: int, port: int):
     train_quickly()
 
 
-def become_waiting_rank(rank: int, port: int):
+def become_waiting_rank(rank: int, port: int, ready: Path):
     """The same; an error of rank 1 is not printed before a signal arrives."""
     become_rank(rank, port)
-    distributed.time = SimpleNamespace(sleep=lambda seconds: seconds and signal.pause())
+    distributed.time = SimpleNamespace(sleep=lambda seconds: seconds and (ready.touch(), signal.pause()))
 
 
 def test_full_disk_on_rank_0_stops_all_ranks(tree, tmp_path):
     port, run = free_port(), tmp_path / "run"
     ranks = [
         Script(tmp_path / "log", "--data-dir", tree, "--run", run, *QUICK, file_limit=limit,
-               prepare=partial(become_waiting_rank, rank, port))
+               prepare=partial(become_waiting_rank, rank, port, tmp_path / "ready"))
         for rank, limit in enumerate((2**20, None))
     ]  # fmt: skip
     assert ranks[0].wait()[0] == 1
+    ranks[1].wait_for(tmp_path / "ready")
     ranks[1].process.terminate()  # as torchrun does, while this rank waits for its turn to print the same
     assert ranks[1].wait()[0] == -signal.SIGTERM
     output = ranks[0].log.read_text()

@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
 from convit_min import ConViT, ConViTConfig, create_model
-from images import normalize
+from images import load_image, normalize
 from training.checkpoint import save_weights
 from viewer import export, sessions
 from viewer.examples import Example, load_examples
 from viewer.export import draw_gates, export_view
 from viewer.inspector import AttentionInspector, open_run, open_weights
-from viewer.limits import data_url, encode_image, load_upload
+from viewer.limits import data_url, encode_image
 from weights import load_weights, snapshot_files
 
 
@@ -90,6 +90,10 @@ def test_examples_come_from_the_dataset_if_it_can_be_read(tmp_path, photo):
         (tmp_path / "valid" / name).mkdir(parents=True)
         (tmp_path / "valid" / name / "1.png").write_bytes(photo)
     config = {"dataset": "folder", "data_dir": str(tmp_path), "val_fraction": None}
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "1.png").write_bytes(photo)  # as in the ImageNet archive, without a class
+    assert load_examples(config | {"dataset": "imagenet"}, None, ["left"])["left"] == Example(photo, "left")
+    shutil.rmtree(tmp_path / "test")
     for dataset in ("folder", "imagenet"):
         examples = load_examples(config | {"dataset": dataset}, None, ["left"])
         assert examples == {"left": Example(photo, "left"), "right": Example(photo)}
@@ -191,14 +195,14 @@ def test_others_do_not_see_changed_gates(photo):
 def test_two_images_are_decoded_at_once(inspector, photo, monkeypatch):
     active, most = [], []
 
-    def load(*args):
+    def load(*args) -> Image.Image:
         active.append(1)
         most.append(len(active))
         time.sleep(0.02)
         active.pop()
-        return load_upload(*args)
+        return load_image(*args)
 
-    monkeypatch.setattr("viewer.inspector.load_upload", load)
+    monkeypatch.setattr("viewer.limits.load_image", load)
     with ThreadPoolExecutor(10) as clients:
         assert len(list(clients.map(inspector.prepare_image, [photo] * 10))) == 10
     assert max(most) == 2

@@ -179,6 +179,15 @@ def test_grayscale_model_is_opened_as_rgb(tmp_path):
         assert same_weights(again, trained)
 
 
+def test_other_channels_than_gray_and_rgb_are_refused(tmp_path):
+    model = create_model("convit_cifar_nano", in_chans=4)
+    torch.save(model.state_dict(), tmp_path / "flat.pt")
+    save_weights(model, list("abcdefghij"), 1.0, 3, tmp_path / "ours.pt")
+    for name in ("flat", "ours"):
+        with pytest.raises(ValueError, match=f"{name}.pt is for images of 4 channels: only grayscale and RGB"):
+            open_model(tmp_path / f"{name}.pt")
+
+
 def test_ten_patches_are_not_mistaken_for_deit_format(tmp_path):
     plain = replace(CONFIG, img_size=(8, 20), gpsa_layers=0)
     trained, fresh = perturb(ConViT(plain)), ConViT(plain)

@@ -214,8 +214,8 @@ def decode(files: ImageSet, size: int, config, crop_pct: float = 1.0) -> tuple[I
     try:
         pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     except RuntimeError as error:  # of the allocator
-        advice = "use train_imagenet.py"
-        raise UserError(f"{len(files)} images of {size} pixels do not fit into memory: {advice}") from error
+        problem = f"{len(files)} images of {size} pixels do not fit into memory"
+        raise UserError(f"{problem}: use train_imagenet.py") from error
 
     def read(index: int) -> str:
         try:
@@ -241,7 +241,7 @@ def decode(files: ImageSet, size: int, config, crop_pct: float = 1.0) -> tuple[I
 
 def remedy(config) -> str:
     """What to do about unreadable images."""
-    keep = "repair such files, but do not remove them, which would change the split"
+    keep = "repair such files (removing them would change the split)"
     repair = keep if config.val_fraction else "repair or remove such files"
     return repair if config.skip_bad_images else f"{repair}, or leave them out with --skip-bad-images"
 

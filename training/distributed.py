@@ -81,7 +81,7 @@ def print0(message: str):
 
 
 def abort(error: UserError | torch.OutOfMemoryError) -> NoReturn:
-    """Kill data workers, print an error, once per machine if all of its ranks raise it, and exit."""
+    """Kill data workers, print an error (once per machine if all of its ranks raise it), and exit."""
     if isinstance(error, torch.OutOfMemoryError):
         error = UserError(f"raise --grad-accum-steps, or lower --batch-size: {error}")
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader reports the workers killed below

@@ -50,7 +50,8 @@ def load_examples(
             images = [Image.fromarray(test.data[test.targets.index(label)]) for label in range(len(names))]
             return {name: Example(encode_image(image, "PNG"), name) for name, image in zip(names, images, strict=True)}
         if dataset in ("folder", "imagenet") and not own:
-            split = find_split(SimpleNamespace(**config), "test", SPLITS[1:])
+            splits = ("val", "valid", "test") if dataset == "imagenet" else SPLITS[1:]  # ImageNet's test/ has no labels
+            split = find_split(SimpleNamespace(**config), "test", splits)
             files = {name: paths[0] for name, paths in find_images(split).items()}
     examples = {}
     for name, file in list(files.items())[:MAX_EXAMPLES]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, wraps
 from pathlib import Path
-from threading import BoundedSemaphore
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +28,6 @@ CACHE_BYTES = 2**26  # content maps of a model kept in memory: about 30 images o
 MAX_SNAPSHOTS = 16  # of a run that may still be training, see training/checkpoint.py
 TOP_CLASSES = 4
 worker = ThreadPoolExecutor(1)
-decoding = BoundedSemaphore(2)  # images at once: one of 20 megapixels takes 0.5 GB
 
 
 class Maps(NamedTuple):
@@ -58,7 +56,8 @@ class AttentionInspector:
         """Takes models of `open_model`; `open_run` and `open_weights` load files."""
         self.name, self.models, self.run_dir = name, models, run_dir
         self.config, self.classes = models[0].config, models[0].classes
-        self.examples = load_examples(read_json(run_dir, "config.json"), run_dir, self.classes, self.config.grid)
+        self.train_config = read_json(run_dir, "config.json")
+        self.examples = load_examples(self.train_config, run_dir, self.classes, self.config.grid)
         bytes_per_image = self.config.depth * self.config.num_heads * math.prod(self.config.grid) ** 2
         snapshots = max(len(models), MAX_SNAPSHOTS if run_dir else 1)
         self._cached_maps = lru_cache(max(CACHE_BYTES // bytes_per_image, 2 * snapshots))(self._compute_maps)
@@ -67,10 +66,10 @@ class AttentionInspector:
 
     @run_on_worker
     def refresh(self) -> "AttentionInspector":
-        """Load the snapshots that the run has written since; all of them if a new run has taken its folder."""
+        """Load the snapshots that the run has written since. Returns another inspector if a new run took its folder."""
         files = snapshot_files(self.run_dir) if self.run_dir else []
         if first_written(files) not in (0, self._started):
-            self.__init__(self.name, list(map(open_model, files)), self.run_dir)
+            return AttentionInspector(self.name, list(map(open_model, files)), self.run_dir)
         self.models += map(open_model, files[len(self.models) :])
         return self
 
@@ -79,7 +78,9 @@ class AttentionInspector:
 
         Gates and v_pos of self-attention layers are None.
         """
-        models, config = list(self.models), read_json(self.run_dir, "config.json")  # a resumed run may have more epochs
+        models = list(self.models)  # refresh may be appending
+        # a resumed run may have more epochs; one that is being replaced has no file
+        config = self.train_config = read_json(self.run_dir, "config.json") or self.train_config
         fraction = config["data_fraction"] if config.get("scale_epochs") else 1
 
         @run_on_worker  # where gates are replaced for the duration of a forward pass
@@ -147,10 +148,9 @@ class AttentionInspector:
         """
         (rows, columns), crop_pct = self.config.grid, self.models[-1].crop_pct
         patch_side = max(DISPLAY_SIZE // max(rows, columns), 1)  # a whole number of pixels
-        with decoding:
-            image = load_upload(file, decode_size(*self.config.image_shape))
-            cropped = center_crop(image, *self.config.image_shape, crop_pct)
-            display = center_crop(image, rows * patch_side, columns * patch_side, crop_pct)
+        image = load_upload(file, decode_size(*self.config.image_shape))
+        cropped = center_crop(image, *self.config.image_shape, crop_pct)
+        display = center_crop(image, rows * patch_side, columns * patch_side, crop_pct)
         return {
             "display": data_url(encode_image(display, "JPEG", quality=90), "jpeg"),
             "input": data_url(encode_image(cropped, "PNG"), "png"),
@@ -229,8 +229,8 @@ class AttentionInspector:
 
     def _mean_distances(self, layer: HeadAttention) -> Tensor:
         """Mean attention distance of each head's content map and position map (h 2)."""
-        maps = layer.content, layer.content if layer.position is None else layer.position[None]
-        distances = [analysis.non_locality(layer._replace(mixed=one), self.config.grid) for one in maps]
+        position = layer.content if layer.position is None else layer.position[None]
+        distances = [analysis.mean_distance(maps, self.config.grid) for maps in (layer.content, position)]
         return torch.stack(distances, dim=1)
 
     @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from threading import BoundedSemaphore
 
 from PIL import Image
 from starlette.responses import PlainTextResponse
@@ -12,6 +13,7 @@ from images import load_image, open_image
 MAX_UPLOAD_MB = 20
 MAX_REQUEST_BYTES = 30 * 2**20  # an upload in base64, with some margin
 MAX_MEGAPIXELS, MAX_JPEG_MEGAPIXELS = 20, 50  # a large JPEG is decoded at a reduced scale
+decoding = BoundedSemaphore(2)  # images at once: one of 20 megapixels takes 0.5 GB
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # MPO: JPEGs of some phones
 
 
@@ -27,7 +29,8 @@ def load_upload(data: bytes, min_size: int) -> Image.Image:
         limit = MAX_JPEG_MEGAPIXELS if file_format in ("JPEG", "MPO") else MAX_MEGAPIXELS
         if megapixels > limit:
             raise ValueError(f"the file has more than {limit} megapixels, the limit for {file_format}")
-        return load_image(io.BytesIO(data), min_size)
+        with decoding:
+            return load_image(io.BytesIO(data), min_size)
     except ValueError as error:
         raise ValueError(f"{str(error).replace('the file', 'This file', 1)}; please choose another image.") from None
 
@@ -57,13 +60,13 @@ def limit_requests(app: ASGIApp) -> ASGIApp:
         if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/deep_link"):
             rejection = PlainTextResponse("Deep links are disabled.", 403)
         elif scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            headers = dict(scope["headers"])
-            length = headers.get(b"content-length", b"")
+            length = dict(scope["headers"]).get(b"content-length", b"")
+            types = [value.lower() for name, value in scope["headers"] if name == b"content-type"]
             if not length.isdigit():
                 rejection = PlainTextResponse("Content-Length required.", 411)
             elif int(length) > MAX_REQUEST_BYTES:
                 rejection = PlainTextResponse("Request too large.", 413)
-            elif headers.get(b"content-type", b"").lower().startswith(b"multipart/"):
+            elif any(value.startswith(b"multipart/") for value in types):
                 rejection = PlainTextResponse("File uploads are disabled.", 403)
         await (rejection or app)(scope, receive, send)
 

@@ -52,7 +52,7 @@ function arrowOfStart(head) {
     >${arrowOf(right, down)}</span>`;
 }
 
-// The map of a layer, one pixel per patch, and a frame around the query patch.
+// A map, one pixel per patch, with a frame around the query patch.
 export function mapMarkup() {
   const [rows, columns] = state.model.grid;
   return html`<canvas width="${columns}" height="${rows}"></canvas>

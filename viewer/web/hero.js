@@ -9,8 +9,10 @@ import { currentExample, KINDS, numPatches, placeOf, shownKind, state } from "./
 export const POSITION = [255, 140, 26];
 const CONTENT = [74, 144, 255];
 const VEIL = [12, 14, 24]; // lifted where the patch looks
-const LINE_WIDTH = 0.45; // of attention weight 1, in patches
-const EDGE = 0.025; // around lines, in patches
+// in patches of an 8 x 8 grid
+const LINE_WIDTH = 0.45; // of attention weight 1
+const [EDGE, DOT] = [0.025, 0.0375]; // around a line, and around its end
+const INSET = 0.03; // half of the target frame's line, which else is cut off at the edge
 const ANIMATION_MS = 600;
 
 const blend = (from, to, share) => from + (to - from) * share;
@@ -24,7 +26,7 @@ function hueOf(maps, kind, key) {
   return blendAll(CONTENT, POSITION, share);
 }
 
-export const option = (name) => Number(find(`.${name}`).value);
+const option = (name) => Number(find(`.${name}`).value);
 
 // Weight, color, and strength (0 to 1) of every patch in the map of the shown kind.
 export function shade(maps, shared = 0) {
@@ -53,7 +55,7 @@ export function drawHero(maps) {
   const view = { image, layer, head, query };
   const from = drawn.maps;
   const isSame = Object.keys(view).every((name) => view[name] === drawn[name]);
-  drawn = { ...view, maps };
+  drawn = { ...view, maps: from };
   if (!isSame || matchMedia("(prefers-reduced-motion: reduce)").matches) return paint(maps);
   const start = performance.now();
   const frame = () => {
@@ -67,6 +69,7 @@ export function drawHero(maps) {
 }
 
 function paint(maps) {
+  drawn.maps = maps;
   const [rows, columns] = state.model.grid;
   const [patches, opacity] = [shade(maps), option("opacity")];
   paintMap(find(".image canvas"), patches, ({ color, strength }) =>
@@ -81,12 +84,13 @@ function paint(maps) {
 function drawLine({ key, weight, color }) {
   const [[x, y], [toX, toY]] = [state.query, key].map((patch) =>
     placeOf(patch).map((index) => index + 0.5));
-  const width = Math.max(LINE_WIDTH * weight, 0.0125);
-  return [["rgb(0 0 0 / 0.55)", EDGE], [`rgb(${color})`, 0]].map(([paint, edge]) => {
-    const stroke = html`stroke="${paint}" stroke-width="${width + 2 * edge}"`;
+  const unit = Math.max(...state.model.grid) / 8;
+  const width = unit * Math.max(LINE_WIDTH * weight, 0.0125);
+  return [["rgb(0 0 0 / 0.55)", unit * EDGE], [`rgb(${color})`, 0]].map(([tint, edge]) => {
+    const stroke = html`stroke="${tint}" stroke-width="${width + 2 * edge}"`;
     return key === state.query ? html`<circle cx="${x}" cy="${y}" r="0.28" fill="none" ${stroke}/>`
       : html`<line x1="${x}" y1="${y}" x2="${toX}" y2="${toY}" ${stroke}/>
-      <circle cx="${toX}" cy="${toY}" r="${width / 2 + 0.0375 + edge}" fill="${paint}"/>`;
+      <circle cx="${toX}" cy="${toY}" r="${width / 2 + unit * DOT + edge}" fill="${tint}"/>`;
   });
 }
 
@@ -95,6 +99,6 @@ function drawTarget() {
   const { target } = currentExample();
   if (!target.length) return "";
   const [[left, top], [right, bottom]] = [target[0], target.at(-1)].map(placeOf);
-  return html`<rect class="target" x="${left}" y="${top}" width="${right - left + 1}"
-    height="${bottom - top + 1}"/>`;
+  return html`<rect class="target" x="${left + INSET}" y="${top + INSET}"
+    width="${right - left + 1 - 2 * INSET}" height="${bottom - top + 1 - 2 * INSET}"/>`;
 }

@@ -20,6 +20,10 @@ const arrowOfKey = ({ key, altKey, ctrlKey, metaKey }) =>
 
 // `server` has the functions of app.py; static.js has a substitute for sites without a server.
 export async function start(server, isStatic = false) {
+  if (!Uint8Array.fromBase64) {
+    render(".error", "This page needs Chrome or Edge 140, Firefox 133, Safari 18.2, or newer.");
+    return;
+  }
   state.server = server;
   viewer.classList.toggle("static", isStatic);
   for (const bind of [bindControls, bindImage, bindHeads, bindKernel, bindExports]) bind();

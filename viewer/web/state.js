@@ -17,12 +17,12 @@ export const state = {
   gates: new Map(), // gates that the user has changed: "layer,head" to a number
   // what it shows
   model: null, // its description
-  image: null, // display and input as data URLs and decoded, and pixels
-  maps: null, // content maps and predictions of this image and layer, per snapshot
+  image: null, // display and input as data URLs, display also as a decoded element, and pixels
+  maps: null, // content maps, distances, and predictions of this image and layer, per snapshot
   recomputed: null, // those of this snapshot, computed with the changed gates
   upload: null, // the image that the user has uploaded last
   hasOwn: false, // this session has trained a model
-  stopped: false, // that training has ended
+  stopped: false, // no training of this session is waiting or in progress
 };
 
 const range = (length) => [...Array(length).keys()];
@@ -65,7 +65,7 @@ export const gateOf = (layer, head, snapshot = state.snapshot) =>
 export const changedGates = () => state.model.gate[0].map((gates, layer) =>
   gates && gates.map((_, head) => changedGate(layer, head) ?? null));
 
-// Content maps and predictions of a snapshot.
+// Content maps, distances, and predictions of a snapshot.
 export const outputOf = (snapshot) =>
   (snapshot === state.snapshot && state.recomputed) || state.maps[snapshot];
 

@@ -30,14 +30,18 @@ function pinOf(layers) {
 const topClass = (predictions, column) =>
   predictions.reduce((best, other) => (other[column] > best[column] ? other : best))[0];
 
+function verdictOn(winner, label) {
+  if (label === null) return ["", ""]; // unknown
+  if (label === "") return ["", "The image is not one of its classes."];
+  return winner === label ? ["correct", "✓\u00a0Correct."]
+    : ["wrong", `✗\u00a0Wrong: the answer is “${label}”.`];
+}
+
 export function drawPrediction() {
   const { predictions } = outputOf(state.snapshot);
   const { label, target } = currentExample();
   const winner = topClass(predictions, 2);
-  const [verdict, comment] = label === null
-    ? ["", ""] : label === "" ? ["", "The image is not one of its classes."]
-    : winner === label ? ["correct", "✓\u00a0Correct."]
-      : ["wrong", `✗\u00a0Wrong: the answer is “${label}”.`];
+  const [verdict, comment] = verdictOn(winner, label);
   render(".verdict", html`<b class="${verdict}">The model says “${winner}”. ${comment}</b>`);
   find(".target-hint").hidden = target.length === 0;
   find(".stale").hidden = state.gates.size === 0 || state.recomputed !== null;
@@ -80,7 +84,7 @@ export function drawCaption() {
     <span class="details">${details}</span>`);
 }
 
-// Of the last snapshot, with all gates pinned; undefined where it has not been measured.
+// The measured accuracy of the last snapshot with all gates pinned; undefined where there is none.
 function pinnedAccuracy() {
   const masked = state.model.masking.masked_in_first_layers;
   const part = { 0: "position", 1: "content" }[pinOf(gatedLayers())];

@@ -151,7 +151,7 @@ export function drawModel() {
   const isTimed = epochs.length > 1 || lastEpoch > (epochs[0] ?? 0);
   for (const selector of [".time", ".save-gif"]) find(selector).hidden = !isTimed;
   render(".epoch", currentEpoch() ?? "");
-  Object.assign(find(".snapshot"), { max: lastSnapshot(), value: state.snapshot,
+  Object.assign(find(".snapshot"), { max: lastSnapshot(), value: pending.snapshot ?? state.snapshot,
     ariaValueText: `epoch ${currentEpoch()}` });
   const own = state.hasOwn ? [{ key: SESSION, name: "Your tiny model" }] : [];
   render(".models", [...models, ...own].map(({ key, name }) =>
@@ -173,7 +173,7 @@ export function drawModel() {
 }
 
 // What depends on the query patch. Runs on every mouse move: it must not cause a page layout.
-export function drawQuery() {
+function drawQuery() {
   if (!state.maps) return;
   const place = placeOf(state.query).map((index) => `${100 * index}%`);
   for (const node of findAll(".heads, .image")) {
