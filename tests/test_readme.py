@@ -103,6 +103,9 @@ def test_numbers_in_the_readme_equal_the_results():
         return [re.findall(r"\*\*([\d.]+)\*\*", line) for line in lines]
 
     cifar = (ROOT / "results/cifar10/README.md").read_text()
+    evidence = (ROOT / "results/evidence/README.md").read_text()
+    expected = re.findall(r"^\| (?:ConViT|plain ViT) \| 10% \| ([\d.]+) ± ([\d.]+)", evidence, re.MULTILINE)
+    assert row("the same with 10%") == [number for pair in expected for number in pair]
     assert row("CIFAR-10") == re.findall(r"^\| (?:cifar10|vit) \| ([\d.]+)", cifar, re.MULTILINE)
     ours, timm = (ratios("fp32", variant, "convit_tiny | 224 | 16 |")[0] for variant in ("ours", "timm ConViT"))
     assert row("inference")[:2] == [ours[0], timm[0]] and row("training")[:2] == [ours[1], timm[1]]
@@ -117,6 +120,30 @@ def test_numbers_in_the_readme_equal_the_results():
         for rows in (bf16, fp32)
     ]
     assert "{:.0f} and {:.0f} images/s on two cores".format(*nano) in " ".join(README.split())
+
+
+def test_table_of_the_benchmarks_and_claims_about_the_demo():
+    table = re.findall(r"^\| `(\w+)`, \d+ px, (\w+) \| (.*) \|$", DOCS["docs/benchmarks.md"], re.MULTILINE)
+    assert len(table) == 8
+    for name, dtype, cells in table:
+        rows = json.loads((ROOT / f"results/benchmarks/model-cpu-{dtype}.json").read_text())["rows"]
+        rows = {row["variant"]: row for row in rows if row["model"] == name}
+        ratios = [
+            rows[variant][key]["ratio"] for variant in ("ours", "timm ConViT") for key in ("infer", "train", "memory")
+        ]
+        assert cells.split(" | ") == [f"{ratio:.2f}" for ratio in ratios]
+    loading = json.loads((ROOT / "results/benchmarks/data_loading.json").read_text())["seconds"]
+    for name, text in (
+        ("", "reads {:.0f} images/s with RandAugment"),
+        (", without RandAugment", "and {:.0f} without it"),
+    ):
+        assert text.format(1 / loading[f"ours, in the worker{name}"]) in " ".join(DOCS["docs/benchmarks.md"].split())
+    heads, text = read_metrics(DEMO)[-1]["heads"], " ".join(DOCS["docs/results.md"].split())
+    gate, strength = (np.array(heads[key][:5]) for key in ("gate", "strength"))
+    assert f"{(gate < 0.5).sum()} of the 45 heads end with a gate below 0.5" in text
+    assert f"{(gate > 0.7311).sum()} heads end above their initial gate" in text
+    assert f"ends at {strength.max():.2f} or lower" in text
+    assert f"its mean attention distance is {heads['non_locality'][1][4]:.2f} patches" in text
 
 
 def test_claims_at_this_scale_equal_the_runs():
@@ -135,7 +162,11 @@ def test_claims_at_this_scale_equal_the_runs():
     shown = ", ".join(f"{lead:+.1f}" for lead in by_quarter[1:])
     assert f"{shown} after each quarter ({len(seeds)} pairs)" in text
     assert f"in epoch {by_epoch.argmax()} of 30: {by_epoch.max():+.1f} (one pair)" in text
-    assert f"{by_quarter[-1]:+.1f} on 10% so far, {by_epoch[-1]:+.1f} on all images after 30 epochs" in text
+    contrast = next(line for line in text.splitlines() if line.startswith("| ConViT - plain ViT, 10% | 5 of 5 |"))
+    mean, low, high = re.findall(r"\+\d\.\d", contrast)
+    assert f"on 10%: {mean} points (95%: {low} to {high})" in text
+    assert f"the difference is {mean[1:]} points ({low} to {high})" in " ".join(README.split())
+    assert f"{mean} after each quarter" in text and f"{by_epoch[-1]:+.1f} after 30 epochs (one pair)" in text
 
     ends = [pair[0][-1]["heads"] for pair in pairs]
     gate, distance = (np.array([end[key][:5] for end in ends], dtype=float) for key in ("gate", "non_locality"))
