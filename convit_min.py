@@ -174,7 +174,7 @@ class GPSA(nn.Module):
         r = torch.stack([dx, dy, dx**2 + dy**2])  # 3 n n
         v_pos = self.pos_proj.weight.float()  # h 3
         content = content_map(q, k)  # b h n n
-        position = (v_pos[:, :, None, None] * r).sum(dim=1).softmax(dim=-1)  # h n n; by no matrix product: bf16
+        position = (v_pos[:, :, None, None] * r).sum(dim=1).softmax(dim=-1)  # h n n
         return HeadAttention(content, position, self.gate(), self.mix(content, position))
 
     def position_factors(self, grid: Grid) -> tuple[Tensor, Tensor]:
