@@ -12,9 +12,10 @@ from PIL import Image
 
 from convit_min import Grid
 from images import MIN_SIZE, center_crop
-from training.data import cifar_class
+from training.data import RunData, cifar_class
 from training.distributed import UserError
-from training.folders import SPLITS, find_images, find_split
+from training.folders import find_images, find_split
+from training.image_folder import StreamedData
 from training.patterns import patterns
 from viewer.limits import data_url, encode_image, load_upload
 
@@ -50,8 +51,8 @@ def load_examples(
             images = [Image.fromarray(test.data[test.targets.index(label)]) for label in range(len(names))]
             return {name: Example(encode_image(image, "PNG"), name) for name, image in zip(names, images, strict=True)}
         if dataset in ("folder", "imagenet") and not own:
-            splits = ("val", "valid", "test") if dataset == "imagenet" else SPLITS[1:]  # ImageNet's test/ has no labels
-            split = find_split(SimpleNamespace(**config), "test", splits)
+            data_class = StreamedData if dataset == "imagenet" else RunData  # of the script that has this dataset
+            split = find_split(SimpleNamespace(**config), "test", data_class.eval_splits)
             files = {name: paths[0] for name, paths in find_images(split).items()}
     examples = {}
     for name, file in list(files.items())[:MAX_EXAMPLES]:
