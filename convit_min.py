@@ -299,7 +299,7 @@ class ConViT(nn.Module):
 
 def resize_pos_embed(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
     """Interpolate a position embedding from one grid (Y, X) to another (half types: in float32): 1 n c -> 1 n c."""
-    if not torch.compiler.is_exporting() and tuple(old) == tuple(new):  # in an export, the new grid is dynamic
+    if not any(isinstance(side, torch.SymInt) for side in new) and tuple(old) == tuple(new):  # SymInt: in an export
         return pos_embed
     image = rearrange(pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float)), "1 (Y X) c -> 1 c Y X", Y=old[0])
     image = F.interpolate(image, size=tuple(new), mode="bicubic", antialias=True)

@@ -380,11 +380,18 @@ def test_training_curves_share_the_epoch_with_the_heads(page):
     assert "30" in labels and "mean" in labels
     assert page.locator(".gate-charts svg").count() == 5 and page.locator(".distance-charts svg").count() == 7
     metrics = [json.loads(line) for line in (DEMO / "metrics.jsonl").read_text().splitlines()]
-    points = page.locator(".gate-charts figure").nth(2).locator("[data-curve='4']").get_attribute("points").split()
-    assert len(points) == len(metrics)
-    heights = np.array([float(point.split(",")[1]) for point in points])
-    expected = np.array([record["heads"]["gate"][2][4] for record in metrics])
-    assert np.corrcoef(heights, expected)[0, 1] < -0.999  # the y axis of an SVG points down
+    curves = {
+        ".gate-charts figure:nth-child(3) [data-curve='4']": [row["heads"]["gate"][2][4] for row in metrics],
+        ".distance-charts figure:nth-child(1) [data-curve='4']": [
+            row["heads"]["non_locality"][0][4] for row in metrics
+        ],
+        ".score-charts figure:nth-child(1) polyline": [row["test_accuracy"] for row in metrics],
+        ".score-charts figure:nth-child(2) polyline:nth-of-type(2)": [row["train_loss"] for row in metrics[1:]],
+    }
+    for curve, values in curves.items():
+        points = page.locator(curve).get_attribute("points").split()
+        heights = [float(point.split(",")[1]) for point in points]
+        assert np.corrcoef(heights, values)[0, 1] < -0.999, curve  # the y axis of an SVG points down
     box = page.locator(".gate-charts svg").first.bounding_box()
     last = int(page.locator(".snapshot").get_attribute("max"))
     for epoch, nearest in ((30, last), (18, last), (17, last - 1)):  # the axis is logarithmic: 10 and 30 meet at 17.5

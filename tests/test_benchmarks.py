@@ -69,7 +69,10 @@ def test_quick_run_writes_a_row_per_variant(tmp_path, monkeypatch):
     for row in rows:
         assert f"| convit_cifar_nano | 32 | 8 | {row['variant']} |" in table
         assert row["memory"]["mib"] > 5
-        assert all(row[mode]["images_per_second"] > 0 and 0 < row[mode]["of_peak"] < 2 for mode in ("infer", "train"))
+        for mode in ("infer", "train"):
+            speed, plain = row[mode]["images_per_second"], rows[1][mode]["images_per_second"]
+            assert row[mode]["ratio"] == pytest.approx(speed / plain) and 0 < row[mode]["of_peak"] < 2
+        assert row["memory"]["ratio"] == pytest.approx(row["memory"]["mib"] / rows[1]["memory"]["mib"])
     model.plot_scaling(rows).savefig(tmp_path / "scaling.png")
 
 

@@ -18,7 +18,7 @@ from images import preprocess
 from training import checkpoint
 from weights import open_model
 
-CLASSES = ["bright", "dark", "gray", "other", "pale", "red"]  # the images have only some of them
+CLASSES = ["other", "dark", "gray", "bright", "pale", "red"]  # the images have only some, and in another order
 
 
 @pytest.fixture
@@ -48,6 +48,7 @@ def test_report_agrees_with_a_loop_over_single_images(tree, weights, tmp_path, o
         rows = list(csv.DictReader(file))
 
     model = open_model(weights)
+    assert model.crop_pct == 0.5
     losses, top5, confusion = [], [], torch.zeros(6, 6, dtype=torch.int64)
     assert len(rows) == 17 and len({row["file"] for row in rows}) == 17
     for row in rows:

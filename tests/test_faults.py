@@ -39,6 +39,7 @@ from training.distributed import Stopped, UserError
 from training.optim import learning_rate
 from training.patterns import patterns
 from training.run import Run
+from weights import open_model
 
 pytestmark = pytest.mark.usefixtures("small_model", "no_plots")
 QUICK = ["--epochs", "6", "--batch-size", "4", "--drop-path", "0.2", "--mixup", "0.8", "--save-every", "3"]
@@ -331,7 +332,7 @@ def test_recipe_equals_a_plain_loop(train, tree, tmp_path):
     """Schedule, smoothing, micro-batches, clipping, weight decay, and the gates' learning rate."""
     recipe = {"data_dir": tree, "device": "cpu", "epochs": 1, "batch_size": 10, "warmup_epochs": 0.4, "lr": 0.01,
               "crop_padding": 0, "hflip": False, "gate_lr_scale": 7.0, "weight_decay": 0.5, "label_smoothing": 0.3,
-              "clip_grad": 0.1}  # fmt: skip
+              "clip_grad": 0.1, "ema_decay": 0.0}  # fmt: skip
     train(**recipe, grad_accum_steps=5)
     config = train_cifar.Config(**recipe)
     data = InMemoryData(config, torch.device("cpu"))
@@ -356,8 +357,10 @@ def test_recipe_equals_a_plain_loop(train, tree, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    trained = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    record = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    trained = record["model"]
     for name, value in model.state_dict().items():
+        assert torch.equal(record["ema"][f"module.{name}"], trained[name])  # a decay of 0
         assert (value - trained[name]).abs().mean() <= 0.01 * (value - start[name]).abs().mean(), name
     assert read_metrics(tmp_path / "run")[1]["train_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
@@ -392,6 +395,11 @@ def test_random_draws_differ_by_seed_step_and_rank(train, tmp_path, monkeypatch)
         monkeypatch.setattr("training.run.rank", lambda rank=rank: rank)
         train(run=tmp_path / str(number), seed=seed)
     assert len(drawn) == len(set(drawn)) == 18  # three runs of two epochs of three steps
+    first, other_rank, other_seed = (
+        torch.load(tmp_path / run / "snapshots" / "epoch_0000.pt", weights_only=True)["model"]["head.weight"]
+        for run in "012"
+    )
+    assert torch.equal(first, other_rank) and not torch.equal(first, other_seed)
 
 
 def test_best_weights_survive_a_resume(train, tmp_path, monkeypatch):
@@ -399,7 +407,7 @@ def test_best_weights_survive_a_resume(train, tmp_path, monkeypatch):
     monkeypatch.setattr(train_cifar, "evaluate", lambda *_: {"test_loss": 1.0, "test_accuracy": next(accuracy)})
     train(epochs=2)
     train(epochs=3, resume=True)
-    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["epoch"] == 1
+    assert open_model(tmp_path / "run").epoch == 1  # of best.pt, not of a snapshot
 
 
 @pytest.mark.parametrize("how", [{"amp": "bf16"}, {"compile": True}], ids=["amp", "compile"])

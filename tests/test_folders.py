@@ -19,7 +19,7 @@ import train_cifar
 import train_imagenet
 from analysis import read_metrics
 from convit_min import create_model
-from images import load_crop, load_image, preprocess
+from images import load_crop, load_image, normalize, preprocess
 from training.config import parse_flags
 from training.data import ImageSet, InMemoryData, RunData, decode, infer_dataset, load_images
 from training.distributed import UserError
@@ -161,6 +161,7 @@ def test_evaluation_loads_a_single_split_of_cifar(read, monkeypatch):
     assert read("train_cifar", "--dataset", "cifar10", "--eval")[:2] == (0, 4)
     assert read("train_cifar", "--dataset", "cifar10", "--eval", "--val-fraction", "0.5")[:2] == (0, 2)
     assert loaded == ["test", "train"]
+    assert read("train_cifar", "--dataset", "cifar10", "--eval", "--img-size", "96")[2].crop_pct == 1
 
 
 @each_script
@@ -170,6 +171,28 @@ def test_held_out_images_are_cropped_for_evaluation(name, tree, read):
     for images, _, indices in data.eval_batches():
         for image, index in zip(images, indices.tolist(), strict=True):
             assert torch.equal(image, load_crop(data.eval_names[index], 96, 96, 0.875))
+
+
+@each_script
+def test_evaluation_images_may_lack_classes(name, tree, read, capsys):
+    shutil.rmtree(tree / EVAL_SPLIT[name] / "cat")  # the first class: without it, "dog" would be 0
+    labels = torch.cat([labels for _, labels, _ in read(name)[2].eval_batches()])
+    assert labels.tolist() == [1, 1, 1] and "no evaluation images of cat" in capsys.readouterr().out
+
+
+@each_script
+def test_order_of_the_images_follows_epoch_and_seed(name, read):
+    orders = set()
+    for seed in (0, 1):
+        data = read(name, "--seed", seed)[2]
+        orders |= {tuple(torch.cat([labels for _, labels in data.train_batches(epoch)]).tolist()) for epoch in (1, 2)}
+    assert len(orders) == 4
+
+
+def test_heads_are_measured_on_evenly_spaced_images(read, monkeypatch):
+    monkeypatch.setattr("training.data.NUM_SAMPLES", 2)
+    data = read("train_cifar")[2]
+    torch.testing.assert_close(data.sample_images, normalize(data.test.images[[0, -1]]))
 
 
 @each_script
@@ -279,12 +302,15 @@ def test_one_process_per_machine_downloads_after_rank_0(rank, local_rank, waits_
     assert calls == ["wait"] * waits_before + ["load"] + ["wait"] * (2 - waits_before)
 
 
-def test_every_image_of_every_epoch_has_its_own_draw(read, monkeypatch):
-    seeds = []
-    monkeypatch.setattr("training.image_folder.shard_batches",
-                        lambda keys, *_: seeds.extend(seed for _, seed in keys) or [])  # fmt: skip
-    list(read("train_imagenet", "--aug-repeats", "3")[2].train_batches(2))  # `read` has requested epoch 1
-    assert len(seeds) == len(set(seeds)) == 48
+def test_training_images_are_augmented_and_repeated(read, monkeypatch):
+    """Every repetition in every epoch has its own draw."""
+    keys = []
+    monkeypatch.setattr("training.image_folder.shard_batches", lambda new, *_: keys.extend(new.tolist()) or [])
+    data = read("train_imagenet", "--aug-repeats", "3")[2]
+    list(data.train_batches(2))  # `read` has requested epoch 1
+    assert len({seed for _, seed in keys}) == len(keys) == 48 and len({index for index, _ in keys[24:]}) == 8
+    assert (data.train.rand_augment, data.test.rand_augment) == (9, None)
+    assert read("train_imagenet", "--rand-augment", "0")[2].train.rand_augment == 0
 
 
 @pytest.mark.usefixtures("small_model", "no_plots")
@@ -320,7 +346,9 @@ def test_run_goes_on_after_a_bad_image_is_removed(name, tree, tmp_path, capsys):
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [0, 3, 6, 9]
     for split in ("train", "test", "val"):
         (tree / split / "cat").rename(tree / split / "zebra")  # now the last class
-    with pytest.raises(UserError, match="was trained on the classes cat, dog, not dog, zebra: restore them"):
+    with pytest.raises(
+        UserError, match=r"classes differ from those of .*/run \(missing: cat; new: zebra\): restore them"
+    ):
         train(epochs=4, resume=True)
 
 
@@ -480,3 +508,4 @@ def test_images_deep_in_class_folders_are_found(tmp_path):
     for name in ("cat", "dog"):
         save_images(tmp_path / name / "2024" / "summer" / "june", 1)
     assert infer_dataset(str(tmp_path), "data") == "folder"
+    assert infer_dataset(str(tmp_path / "new"), str(tmp_path / "new")) == "cifar10"  # the default folder, still empty

@@ -258,6 +258,9 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
     assert (dropped.flatten(1).amin(1) == dropped.flatten(1).amax(1)).all()
     assert 0.9 < dropped.mean() < 1.1
+    block, tokens = model.blocks[2], torch.randn(2, 35, 36)
+    block.drop_path.p = 1.0
+    assert torch.equal(block(tokens, (5, 7))[0], tokens)  # neither attention nor MLP is left
     assert torch.equal(model.eval().blocks[2].drop_path(torch.ones(3, 2, 3)), torch.ones(3, 2, 3))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CONFIG, DEMO, ROOT, perturb, serving
 from gradio.media import get_image
 
@@ -138,6 +139,13 @@ def test_table_of_the_benchmarks_and_claims_about_the_demo():
         (", without RandAugment", "and {:.0f} without it"),
     ):
         assert text.format(1 / loading[f"ours, in the worker{name}"]) in " ".join(DOCS["docs/benchmarks.md"].split())
+    files = ("demo/patterns", "demo/cifar10", "results/reproduce")
+    patterns, cifar, committed = (
+        json.loads((ROOT / name / "masking.json").read_text())["masked_in_first_layers"] for name in files
+    )
+    ends = [runs["content"][index] for runs in (patterns, cifar) for index in (0, -1)]
+    drops = "on the patterns drops from {:.1f} to {:.1f}%, and on CIFAR-10 from {:.1f} to {:.1f}%".format(*ends)
+    assert cifar == committed and drops in " ".join(DOCS["docs/viewer.md"].split())
     heads, text = read_metrics(DEMO)[-1]["heads"], " ".join(DOCS["docs/results.md"].split())
     gate, strength = (np.array(heads[key][:5]) for key in ("gate", "strength"))
     assert f"{(gate < 0.5).sum()} of the 45 heads end with a gate below 0.5" in text
@@ -194,7 +202,7 @@ def test_commands_have_known_flags(command, monkeypatch):
             assert parse_flags(module.Config, "").total_epochs > 0
             return
     file = ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")
-    sources = [file.read_text(), (ROOT / "benchmarks/timing.py").read_text()]
+    sources = [file.read_text()] + [(ROOT / "benchmarks/timing.py").read_text()] * program.startswith("benchmarks")
     flags = [arg for arg in args if arg.startswith("--")]
     assert all(any(f'"{flag}"' in source for source in sources) for flag in flags), flags
 
@@ -342,6 +350,15 @@ def test_weights_of_timm_and_back(released, timm_model):
     assert same_logits(model, timm_model)
 
 
+def test_deit_goes_back_to_timm():
+    timm = pytest.importorskip("timm", reason="timm is the reference; pip install -r requirements-dev.txt")
+    ours, theirs = perturb(create_model("deit_tiny")), timm.create_model("deit_tiny_patch16_224")
+    state = ours.state_dict()
+    exec(re.search(r'`(state\["pos_embed"\] = .+?)`', DOCS["docs/finetuning.md"])[1], {"state": state, "F": F})
+    theirs.load_state_dict(state)
+    assert same_logits(ours, theirs)
+
+
 def test_features_for_any_image_size(workspace):
     variables = run_block("features of the patches")
     assert variables["feature_map"].shape == (2, 192, 16, 12) and variables["cls_token"].shape == (2, 192)
@@ -364,6 +381,8 @@ def test_exported_model_takes_any_batch_and_size(tmp_path, monkeypatch):
             torch.testing.assert_close(program(images), expected, atol=1e-5, rtol=0)
         (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-5, rtol=0)
+    fixed = torch.export.export(model, (torch.randn(2, 3, 20, 28),))
+    assert "upsample" in str(program) and "upsample" not in str(fixed)  # resizes pos_embed only where sizes may differ
 
 
 def test_attention_rollout(workspace):

@@ -272,7 +272,7 @@ def test_invalid_requests_return_one_sentence(server):
     call = server_function(server)
     pixels = base64.b64encode(bytes(32 * 48 * 3)).decode()
     maps = {"model": "", "pixels": pixels, "layer": 1}
-    valid = maps | {"snapshot": 1, "gates": [[0.5] * 6, [None] * 6, None]}
+    valid = maps | {"snapshot": 0, "gates": [[0.5] * 6, [None] * 6, None]}
     assert "predictions" in call("recompute", valid)
     display = "data:image/png;base64," + base64.b64encode(encode(Image.new("RGB", (9, 6)))).decode()
     export = valid | {"animated": False, "display": display, "head": 0, "query": 3}

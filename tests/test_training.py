@@ -1,7 +1,10 @@
 """train_cifar.py as a user runs it, and its components against slow references."""
 
 import dataclasses
+import difflib
 import hashlib
+import inspect
+import io
 import itertools
 import json
 import pickle
@@ -21,6 +24,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_cifar
+import train_imagenet
 from analysis import read_metrics
 from convit_min import attend, create_model
 from images import normalize
@@ -32,8 +36,9 @@ from training.distributed import UserError
 from training.image_folder import ImageFolderDataset, decode_crop, random_resized_crop
 from training.optim import ModelEMA, autocast, learning_rate, param_groups
 from training.patterns import patterns
-from training.plots import plot_gates, plot_non_locality
+from training.plots import plot_curves, plot_gates, plot_non_locality
 from training.run import Run
+from viewer.examples import load_examples
 from weights import load_weights, open_model
 
 ROOT = Path(__file__).parent.parent
@@ -222,7 +227,9 @@ def test_bugs_keep_their_traceback(tree, tmp_path, monkeypatch):
 
 def test_diverging_loss_stops_the_run(tree, tmp_path, small_model, error_of):
     message = error_of("--data-dir", tree, "--run", tmp_path / "run", *QUICK, "--lr", "1e30", "--save-every", "1")
-    assert re.search(r"no longer finite at step \d+, learning rate .*lower --lr.*last.pt predates", message)
+    assert re.search(
+        r"no longer finite at step \d+, learning rate .*--resume and a lower --lr.*last.pt predates", message
+    )
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert all(value.isfinite().all() for value in state["model"].values())
 
@@ -358,11 +365,14 @@ def test_rand_augment_and_the_range_of_crops(tmp_path, monkeypatch):
     Image.fromarray(np.stack([3 * x, 4 * y, x + y], -1).astype(np.uint8)).save(tmp_path / "a.png")
     augmented, applied = ImageFolderDataset([tmp_path / "a.png"], torch.zeros(1), 16, 9), []
     apply = torchvision.transforms.autoaugment._apply_op
-    monkeypatch.setattr("torchvision.transforms.autoaugment._apply_op", lambda *args, **kwargs: applied.append(args[1])
-                        or apply(*args, **kwargs))  # fmt: skip
+    monkeypatch.setattr(
+        "torchvision.transforms.autoaugment._apply_op",
+        lambda *args, **kwargs: applied.append(args[1:3]) or apply(*args, **kwargs),
+    )
     plain = ImageFolderDataset([tmp_path / "a.png"], torch.zeros(1), 16, 0)
     same = sum(torch.equal(plain[0, seed][0], augmented[0, seed][0]) for seed in range(400))
     assert 340 < len(applied) < 460 and 90 < same < 200  # at least a quarter has no operation
+    assert {abs(angle) for name, angle in applied if name == "Rotate"} == {27.0}  # 9 of 10 steps to 30 degrees
 
     areas, aspects = [], []
     for seed in range(200):
@@ -382,6 +392,30 @@ def test_plots_show_the_metrics_of_each_layer():
     lines = plot_non_locality(metrics, 4.14).axes[0].lines
     expected = [np.mean(row["heads"]["non_locality"][2]) for row in metrics]
     np.testing.assert_allclose(lines[2].get_ydata(), expected)
+    loss, accuracy = plot_curves(metrics).axes
+    for line, name in zip((*loss.lines, *accuracy.lines), ("train_loss", "test_loss", "test_accuracy"), strict=True):
+        assert list(line.get_ydata()) == [row[name] for row in metrics if name in row], name
+
+
+def test_training_loops_differ_in_three_lines():
+    """What tests show for the loop of train_cifar.py also holds for that of train_imagenet.py."""
+    loops = [inspect.getsource(script.train).splitlines() for script in (train_cifar, train_imagenet)]
+    changes = [line.split(maxsplit=1) for line in difflib.ndiff(*loops) if line[:2] in ("- ", "+ ")]
+    assert changes == [
+        ["-", "data = InMemoryData(config, device)"],
+        ["+", "data = load_data(config, device)"],
+        ["-", "peak_lr = config.lr"],
+        ["+", "peak_lr = config.lr * config.batch_size / 512"],
+        ["-", "images = random_hflip(random_crop(images, config.crop_padding), config.hflip)"],
+        ["+", "images = random_hflip(images, config.hflip)"],
+    ]
+
+
+def test_defaults_of_train_imagenet_are_the_recipe_of_the_paper():
+    paper = {"epochs": 300, "batch_size": 512, "lr": 5e-4, "weight_decay": 0.05, "warmup_epochs": 5, "drop_path": 0.1,
+             "rand_augment": 9, "aug_repeats": 3, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1,
+             "random_erasing": 0.25, "clip_grad": 0.0, "gate_lr_scale": 1.0}  # fmt: skip
+    assert paper.items() <= vars(train_imagenet.Config()).items()
 
 
 def test_saves_are_due_after_steps_or_minutes(monkeypatch):
@@ -416,6 +450,7 @@ def test_schedule_and_param_groups():
     rates = [learning_rate(step, 1000, 100, 1e-3) for step in range(1000)]
     assert rates[0] == 1e-6 and rates[100] == max(rates) == 1e-3 and rates[999] == pytest.approx(1e-5)
     assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert learning_rate(999, 1000, 100, 6.25e-6) == pytest.approx(6.25e-7)  # fine-tuning decays, too
     assert max(learning_rate(step, 10, 2, 5e-6) for step in range(10)) == 5e-6  # never up towards the end
     assert rates[550] == pytest.approx((1e-3 + 1e-5) / 2, rel=0.01)
 
@@ -490,7 +525,7 @@ def cifar_server(web_server, monkeypatch):
         return hashlib.md5(file.read_bytes()).hexdigest()
 
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        content = {"data": random.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3]}
+        content = {"data": random.integers(0, 256, (6, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3, 4, 5]}
         (base / name).write_bytes(pickle.dumps(content))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
     archive = folder / "cifar.tar.gz"
@@ -512,11 +547,15 @@ def cifar_server(web_server, monkeypatch):
 def test_cifar_is_downloaded_once_and_verified(cifar_server, tmp_path):
     config = train_cifar.Config(dataset="cifar10", data_dir=tmp_path / "data")
     train, test = (load_images(config, 32, split) for split in ("train", "test"))
-    assert train.images.shape == (20, 3, 32, 32) and train.images.dtype == torch.uint8
-    assert test.labels.tolist() == [0, 1, 2, 3] and train.classes[9] == "class9"
+    assert train.images.shape == (30, 3, 32, 32) and train.images.dtype == torch.uint8
+    assert test.labels.tolist() == [0, 1, 2, 3, 4, 5] and train.classes[9] == "class9"
+    stored = pickle.loads((cifar_server.parent / "cifar-10-batches-py" / "test_batch").read_bytes())["data"]
+    assert np.array_equal(test.images, stored.reshape(6, 3, 32, 32))  # upright, in RGB
+    example = load_examples({"dataset": "cifar10", "data_dir": tmp_path / "data"}, None, train.classes)["class3"]
+    assert np.array_equal(Image.open(io.BytesIO(example.data)), test.images[3].permute(1, 2, 0))
     cifar_server.unlink()
     again = load_images(config, 16, "train")
-    assert again.images.shape == (20, 3, 16, 16)
+    assert again.images.shape == (30, 3, 16, 16)
 
 
 def test_damaged_download_is_refused(cifar_server, tmp_path):

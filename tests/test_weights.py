@@ -33,6 +33,7 @@ FILES = {  # what people have
     "flat": lambda state: state,
     "authors' training": lambda state: {
         "model": state,
+        "model_ema": {name: torch.zeros_like(value) for name, value in state.items()},  # not what they evaluate
         "epoch": 3,
         "args": argparse.Namespace(lr=5e-4, model="convit", output_dir=PosixPath("checkpoints")),
     },

@@ -26,7 +26,7 @@ CORES = max(1, machine_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # a
 
 # flags that may change on --resume
 CHANGEABLE_ON_RESUME = {"data_dir", "run", "resume", "eval", "weights", "device", "compile", "workers", "save_every"}
-CHANGEABLE_ON_RESUME |= {"tensorboard", "skip_bad_images", "csv", "epochs", "lr", "grad_accum_steps"}
+CHANGEABLE_ON_RESUME |= {"tensorboard", "skip_bad_images", "csv", "epochs", "lr", "grad_accum_steps", "amp"}
 
 
 def flag(default, text: str, **options):

@@ -51,7 +51,7 @@ class ImageFolderDataset(Dataset):
         error, attempts = "", min(len(self), MAX_SKIPPED)
         for position in range(first, first + attempts):
             index = position % len(self)
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a stack trace per accelerator
             try:
                 image = self.read(os.fsdecode(self.files[index]))
             except ValueError as reason:
@@ -83,10 +83,11 @@ class StreamedData(RunData):
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels in 0..255 (b 3 H W) and labels (b) of this process, for every step of an epoch from `first_step`."""
         config, length = self.config, self.epoch_length
-        order = epoch_order(self.num_train, config.seed, epoch, config.aug_repeats, length).tolist()
+        order = epoch_order(self.num_train, config.seed, epoch, config.aug_repeats, length)
         seed = derive_seed(config.seed, "images", epoch)
-        keys = list(zip(order, range(seed, seed + length), strict=True))
-        for images, labels, _ in self._load(self.train, shard_batches(keys, config.batch_size, first_step)):
+        keys = torch.stack([order, torch.arange(seed, seed + length)], dim=1)  # n 2
+        batches = (batch.tolist() for batch in shard_batches(keys, config.batch_size, first_step))
+        for images, labels, _ in self._load(self.train, batches):
             yield images, labels
 
     def _load_test(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -100,10 +101,10 @@ class StreamedData(RunData):
         evaluation.
         """
         config, batches = self.config, list(batches)
-        workers, pin = min(config.workers, len(batches)), self.device.type == "cuda"
-        loader = DataLoader(
-            dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=_defer_signals
-        )
+        options = {"num_workers": min(config.workers, len(batches)), "pin_memory": self.device.type == "cuda"}
+        if options["num_workers"] and sys.platform == "linux":  # Python 3.14 would import everything in every worker
+            options["multiprocessing_context"] = "fork"
+        loader = DataLoader(dataset, batch_sampler=batches, worker_init_fn=_defer_signals, **options)
         for *tensors, errors in loader:
             bad = set(filter(None, errors))
             if bad and (not config.skip_bad_images or -1 in tensors[1]):

@@ -25,7 +25,7 @@ from training.augment import derive_seed
 from training.distributed import Stopped, UserError, print0, rank
 from weights import list_names
 
-PLOT_INTERVAL = 30  # seconds; epochs may be shorter than plotting
+PLOT_INTERVAL = 300  # seconds; all ranks wait for a plot
 CONTINUE, SAVE, STOP = 0, 1, 2  # after a step; the largest of all ranks wins
 
 
@@ -101,9 +101,9 @@ class Run:
         if action or is_last or step_in_epoch % 50 == 0:  # rarely: it synchronizes with the GPU
             loss_sum = distributed.all_reduce_mean(self.loss_sum).item()
             if not math.isfinite(loss_sum):
-                file = self.dir / "last.pt"
-                saved = f"{file} predates the divergence" if file.exists() else "no checkpoint was saved"
-                advice = f"restart with a lower --lr and another --run ({saved})"
+                file, advice = self.dir / "last.pt", "rerun with a lower --lr (no checkpoint was saved)"
+                if file.exists():
+                    advice = f"rerun with --resume and a lower --lr ({file} predates the divergence)"
                 raise UserError(f"the loss is no longer finite at step {step + 1}, learning rate {lr:.2g}: {advice}")
             self.progress.set_postfix(loss=f"{loss_sum / step_in_epoch:.3f}")
 
@@ -212,12 +212,13 @@ class Run:
             saved_config, state = record["config"], record["train_state"]
             self.config.check_same_run(saved_config)
             self.config.weights = saved_config["weights"]  # not loaded again, but part of the run
-            if record["classes"] != self.data.classes:
-                trained, found = list_names(record["classes"]), list_names(self.data.classes)
-                advice = "restore them, or choose another --run"
-                raise UserError(f"{self.dir} was trained on the classes {trained}, not {found}: {advice}")
+            if (found := self.data.classes) != (trained := record["classes"]):
+                old, new = (list_names(set(a) - set(b)) or "none" for a, b in ((trained, found), (found, trained)))
+                change = f"the classes differ from those of {self.dir} (missing: {old}; new: {new})"
+                raise UserError(f"{change}: restore them, or choose another --run")
             for name, component in self.components.items():
-                component.load_state_dict(record[name])
+                if record[name]:  # a scaler has no state without fp16
+                    component.load_state_dict(record[name])
             self._check_images(state)
         except (RuntimeError, ValueError, KeyError) as error:  # changed code, or a run of an older version
             raise UserError(f"{file} does not match this model and data: {error}") from error
