@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.report import gpsa_heads, markdown, plot_seeds, save
-from experiments.sweep import CODE, Sweep, read_runs, run_main
+from experiments.sweep import CODE, read_runs, run_main, train_sweep
 from train_cifar import Config
 from training.config import number
 from training.distributed import UserError
@@ -64,24 +64,12 @@ def parse_exercises(text: str) -> list[Exercise]:
 def apply_diff(source: str, diff: str) -> str:
     """Apply every hunk of a diff, found by its text. Raises UserError unless the text occurs exactly once."""
     for hunk in filter(None, re.split(r"^@@.*\n", diff, flags=re.MULTILINE)):
-        lines = [(line[:1], line[1:]) for line in hunk.splitlines(keepends=True)]
-        before = "".join(text for sign, text in lines if sign != "+")
-        after = "".join(text for sign, text in lines if sign != "-")
+        before = re.sub(r"^\+.*\n|^[ -]", "", hunk, flags=re.MULTILINE)  # without added lines, and without signs
+        after = re.sub(r"^-.*\n|^[ +]", "", hunk, flags=re.MULTILINE)
         if source.count(before) != 1:
             raise UserError(f"convit_min.py has these lines {source.count(before)} times, not once:\n{before}")
         source = source.replace(before, after)
     return source
-
-
-def copy_code(diff: str, folder: Path) -> Path:
-    """Copy the training code to a folder and apply a diff to the model."""
-    source = apply_diff((CODE / "convit_min.py").read_text(), diff)
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(CODE / "training", folder / "training")
-    for file in CODE.glob("*.py"):
-        shutil.copy(file, folder)
-    (folder / "convit_min.py").write_text(source)
-    return folder
 
 
 def train_exercises(numbers: list[int], seeds: int, data_dir: str, out: Path):
@@ -89,18 +77,25 @@ def train_exercises(numbers: list[int], seeds: int, data_dir: str, out: Path):
     exercises = {exercise.number: exercise for exercise in parse_exercises(TEXT.read_text())}
     if not exercises.keys() >= set(numbers):
         raise UserError(f"{TEXT.name} has the exercises {', '.join(map(str, exercises))}")
-    selected = [exercises[number] for number in numbers or exercises]
-    plan, exercise_of = {}, {}
-    for seed, exercise in product(range(seeds), selected):
-        name = f"{exercise.key}-seed{seed}"
-        plan[name] = [*exercise.flags, "--seed", str(seed), "--data-dir", data_dir]
-        exercise_of[name] = exercise
+    selected = {exercises[number].key: exercises[number] for number in numbers or exercises}
+    plan = {
+        f"{key}-seed{seed}": [*exercise.flags, "--seed", str(seed), "--data-dir", data_dir]
+        for seed, (key, exercise) in product(range(seeds), selected.items())
+    }
 
     def prepare(name: str) -> Path:
-        print(exercise_of[name].title, flush=True)
-        return copy_code(exercise_of[name].diff, out / f"{name}.code")
+        """Copy the training code and apply the diff of an exercise to the model."""
+        exercise, folder = selected[name.rpartition("-seed")[0]], out / f"{name}.code"
+        print(exercise.title, flush=True)
+        model = apply_diff((CODE / "convit_min.py").read_text(), exercise.diff)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(CODE / "training", folder / "training")
+        for file in CODE.glob("*.py"):
+            shutil.copy(file, folder)
+        (folder / "convit_min.py").write_text(model)
+        return folder
 
-    Sweep(out).train(lambda: plan, prepare)
+    train_sweep(out, lambda finished: plan, prepare)
     write_results(exercises, out)
 
 
@@ -129,8 +124,7 @@ Heads of the GPSA layers, mean over seeds; non-locality: mean attention distance
     header = ["exercise", "test accuracy", "mean gate", "non-locality", "content-dominated heads (gate < 0.5)"]
     figure = Figure(figsize=(7, 1 + 0.32 * len(rows)), layout="constrained")
     plot_seeds(figure.subplots(), {title: result["accuracy"] for title, result in results.items()})
-    text = f"{markdown(header, rows)}\n\n{notes}"
-    save(out / "exercises", {"exercises": results}, text, shown, figure)
+    save(out / "exercises", {"exercises": results}, markdown(header, rows), notes, figure, shown)
 
 
 def main():

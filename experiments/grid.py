@@ -9,7 +9,7 @@ import os
 from itertools import product
 from pathlib import Path
 
-from experiments.sweep import Plan, Sweep, read_runs
+from experiments.sweep import Plan, read_runs, train_sweep
 from train_cifar import Config
 
 RECIPE = "--steps-per-epoch 2500 --amp bf16 --batch-size 32"
@@ -17,8 +17,7 @@ TUNING = "--seed 100 --val-fraction 0.1 --epochs 2 --warmup-epochs 0.2"
 FULL_LENGTH = "--epochs 4 --warmup-epochs 0.4"
 FRACTIONS = (0.1, 1.0)  # one whole before the next, so that an unfinished grid already has a finished comparison
 MODELS = {"convit": "", "vit": "--gpsa-layers 0"}
-LEARNING_RATES = [2.5e-4, 5e-4, 1e-3]
-LR_FACTOR = 2  # extends the learning rates if the best is the lowest or the highest
+LEARNING_RATES = [2.5e-4, 5e-4, 1e-3]  # extended by factors of 2 if the best is the lowest or the highest
 SEEDS = range(5)
 VARIANTS = {"gates-0.5": "--gating frozen --gate-init 0", "gates-0.73": "--gating frozen"}  # of ConViT, on 10%
 PATTERNS = "--dataset patterns --data-fraction 0.25 --epochs 20 --batch-size 32 --crop-padding 0 --no-hflip --amp bf16"
@@ -45,19 +44,17 @@ def tuning_name(model: str, fraction: float, lr: float) -> str:
     return f"tune-{model}-{fraction:.0%}-lr{lr:g}"
 
 
-def tune_learning_rate(
-    model: str, fraction: float, records: dict[str, dict], learning_rates: list[float] = LEARNING_RATES
-) -> tuple[float | None, list[float]]:
-    """The best learning rate (None while runs are missing), and all that have to be tried."""
-    names = {lr: tuning_name(model, fraction, lr) for lr in learning_rates}
-    if not records.keys() >= set(names.values()):
-        return None, learning_rates
-    best = max(learning_rates, key=lambda lr: records[names[lr]]["metrics"][-1]["test_accuracy"])
-    if best == learning_rates[0]:
-        return tune_learning_rate(model, fraction, records, [best / LR_FACTOR, *learning_rates])
-    if best == learning_rates[-1]:
-        return tune_learning_rate(model, fraction, records, [*learning_rates, best * LR_FACTOR])
-    return best, learning_rates
+def tune_learning_rate(model: str, fraction: float, records: dict[str, dict]) -> tuple[float | None, list[float]]:
+    """The best learning rate (None while runs are missing), and all to try: at least half and twice the best one."""
+    learning_rates = set(LEARNING_RATES)
+    while True:
+        names = {lr: tuning_name(model, fraction, lr) for lr in sorted(learning_rates)}
+        if not records.keys() >= set(names.values()):
+            return None, list(names)
+        best = max(names, key=lambda lr: records[names[lr]]["metrics"][-1]["test_accuracy"])
+        if learning_rates >= {best / 2, best * 2}:
+            return best, list(names)
+        learning_rates |= {best / 2, best * 2}
 
 
 def make_plan(records: dict[str, dict], data_dir: str = Config.data_dir) -> Plan:
@@ -88,13 +85,12 @@ def make_plan(records: dict[str, dict], data_dir: str = Config.data_dir) -> Plan
 
 def train(out: Path, data_dir: str, list_only: bool):
     """Train the missing runs, with one thread."""
-    sweep = Sweep(out)
     if list_only:
-        records = read_runs(sweep.file)
+        records = read_runs(out / "runs.jsonl")
         for name, flags in make_plan(records, data_dir).items():
             print("done" if name in records else "todo" if flags else "wait", name, *flags)
         return
-    if hasattr(os, "nice"):  # Windows lacks it; there, Sweep says that it cannot train
+    if hasattr(os, "nice"):  # Windows lacks it; there, train_sweep says that it cannot train
         os.nice(10)
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    sweep.train(lambda: make_plan(read_runs(sweep.file), data_dir))
+    train_sweep(out, lambda finished: make_plan(finished, data_dir))

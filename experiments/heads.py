@@ -13,7 +13,6 @@ from analysis import gates, read_metrics, uniform_non_locality
 from convit_min import ConViT
 from experiments.report import COLORS, markdown, save
 from train_cifar import Config
-from training.checkpoint import provenance
 from training.data import InMemoryData
 from training.distributed import UserError
 from training.evaluation import evaluate, match_classes
@@ -21,34 +20,29 @@ from training.plots import plot_gates, plot_non_locality
 from weights import open_model, snapshot_files
 
 
-def open_snapshots(run: Path) -> list[ConViT]:
-    """The models of a run's first and last snapshot."""
+def load_run(run: Path, dataset: str | None, data_dir: str) -> tuple[list[ConViT], InMemoryData]:
+    """The models of a run's first and last snapshot, and evaluation images. Raises UserError if the classes differ."""
     files = snapshot_files(run)
     if not files:
         raise UserError(f"{run} has no snapshots; pass a run folder of train_cifar.py as --run")
     try:
-        return [open_model(file) for file in (files[0], files[-1])]
+        first, last = open_model(files[0]), open_model(files[-1])
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def load_data(model: ConViT, run: Path, dataset: str | None, data_dir: str) -> InMemoryData:
-    """A dataset at the image size of a run's model. Raises UserError if its classes are not those of the run."""
-    size = model.config.img_size
-    config = Config(dataset=dataset, data_dir=data_dir, img_size=size, batch_size=256, eval=True)
-    data = InMemoryData(config, torch.device(config.device), model.crop_pct)
-    data.test.labels = match_classes(model, data.classes, str(run)).to(data.device)[data.test.labels]
-    return data
+    config = Config(dataset=dataset, data_dir=data_dir, img_size=last.config.img_size, batch_size=256, eval=True)
+    config.model = run.name  # only to be printed
+    data = InMemoryData(config, torch.device(config.device), last.crop_pct)
+    data.test.labels = match_classes(last, data.classes, str(run)).to(data.device)[data.test.labels]
+    return [first, last], data
 
 
 @torch.no_grad()
 def write_gates(run: Path, dataset: str | None, data_dir: str, out: Path):
     """Write gates and non-locality of a run over training, with attention maps of its first and last snapshot."""
-    snapshots, metrics = open_snapshots(run), read_metrics(run)
-    config = snapshots[-1].config
+    snapshots, data = load_run(run, dataset, data_dir)
+    config, metrics = snapshots[-1].config, read_metrics(run)
     if config.gpsa_layers == 0:
         raise UserError(f"{run} is a plain ViT: it has no gates")
-    data = load_data(snapshots[-1], run, dataset, data_dir)
     (height, width), maps = config.grid, {}
     for model in snapshots:
         attention = model(data.sample_images.cpu(), return_attention=True)[1][: config.gpsa_layers]
@@ -70,9 +64,7 @@ def write_gates(run: Path, dataset: str | None, data_dir: str, out: Path):
         f"in patches; {uniform:.2f} for uniform attention."
     )
     record = {"run": run.name, "uniform": uniform, "epochs": epochs, "heads": heads}
-    figure = plot_heads(metrics, uniform, maps)
-    text = f"{markdown(header, rows)}\n\n{notes}"
-    save(out / "gates", record, text, [{"provenance": [provenance(data.device)]}], figure)
+    save(out / "gates", record, markdown(header, rows), notes, plot_heads(metrics, uniform, maps))
 
 
 def plot_heads(metrics: list[dict], uniform: float, maps: dict[str, tuple[Tensor, Tensor]]) -> Figure:
@@ -85,18 +77,13 @@ def plot_heads(metrics: list[dict], uniform: float, maps: dict[str, tuple[Tensor
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=[2.6, 2.8, 0.8 + 0.6 * layers])
     plot_gates(metrics, top)
     plot_non_locality(metrics, uniform, middle)
-    for axes, (epoch, (gate, attention)) in zip(bottom.subplots(1, len(maps)), maps.items(), strict=True):
-        height, width = attention.shape[2:]
-        tiles = np.full((layers, height + 1, heads, width + 1), np.nan)  # with a gap below and right of every map
-        peak = attention.amax(dim=(2, 3), keepdim=True)  # each map has its own scale, so that flat ones are visible
-        tiles[:, :height, :, :width] = (attention / peak).permute(0, 2, 1, 3).numpy()
-        axes.imshow(tiles.reshape(layers * (height + 1), heads * (width + 1)), vmin=0)
-        for layer, head in np.ndindex(layers, heads):
-            corner = head * (width + 1) - 0.3, (layer + 1) * (height + 1) - 1.8
-            axes.text(*corner, f"{gate[layer, head]:.2f}", color="white", fontsize=5)
-        axes.set_yticks(np.arange(layers) * (height + 1) + (height - 1) / 2, [f"layer {n + 1}" for n in range(layers)])
-        axes.set(title=f"attention of the center patch, {epoch}", xticks=[], frame_on=False)
-        axes.tick_params(length=0)
+    halves = bottom.subfigures(1, len(maps), squeeze=False)[0]
+    for half, (epoch, (gate, attention)) in zip(halves, maps.items(), strict=True):
+        half.suptitle(f"attention of the center patch, {epoch}")
+        for (layer, head), axes in np.ndenumerate(half.subplots(layers, heads, squeeze=False)):
+            axes.imshow(attention[layer, head].numpy(), vmin=0)  # to its own maximum: flat maps are visible, too
+            axes.set_title(f"{gate[layer, head]:.2f}", fontsize=5)
+            axes.set(xticks=[], yticks=[], ylabel="" if head else f"layer {layer + 1}")
     return figure
 
 
@@ -115,8 +102,7 @@ def masked(model: ConViT, pos_embed: bool = False, content: int = 0, position: i
 
 def write_masking(run: Path, dataset: str | None, data_dir: str, out: Path):
     """Write the test accuracy of a run's last snapshot, unchanged and with parts of it masked."""
-    model = open_snapshots(run)[-1]
-    data = load_data(model, run, dataset, data_dir)
+    (_, model), data = load_run(run, dataset, data_dir)
 
     def accuracy(**parts) -> float:
         print(".", end="", flush=True)
@@ -142,5 +128,5 @@ def write_masking(run: Path, dataset: str | None, data_dir: str, out: Path):
     axes.set(xlabel="masked GPSA layers, from the first", ylabel="test accuracy (%)", xticks=counts, ylim=(0, None))
     axes.legend(frameon=False)
     record = {"run": name, "position_embedding_masked": without_pos_embed, "masked_in_first_layers": curves}
-    text = f"{markdown(['masked GPSA layers', 'content masked', 'position masked'], rows)}\n\n{notes}"
-    save(out / "masking", record, text, [{"provenance": [provenance(data.device)]}], figure)
+    header = ["masked GPSA layers", "content masked", "position masked"]
+    save(out / "masking", record, markdown(header, rows), notes, figure)

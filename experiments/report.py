@@ -2,10 +2,10 @@
 
 import json
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from experiments import grid
 from experiments.sweep import read_run, read_runs
+from train_cifar import Config
 from training.checkpoint import provenance, write_text
 from training.distributed import UserError
 
@@ -39,37 +40,25 @@ PATTERN_NOTES = """\
 Settings = dict[tuple[str, str], dict[int, list[dict]]]  # metrics by (model, data fraction) and seed
 
 
-class Estimate(NamedTuple):
-    """A mean with Student's t-tests; NaN if it is of fewer than two values."""
+def half_interval(values: list[float]) -> float:
+    """Half the width of the 95% confidence interval of a mean; NaN for a single value."""
+    from scipy.stats import ttest_1samp  # in requirements-dev.txt; only the report of the grid needs it
 
-    mean: float
-    half: float  # of the 95% confidence interval
-    p: float  # two-sided: the mean differs from 0
-    p_equivalence: float  # two one-sided tests: it is between -MARGIN and MARGIN
-
-    def verdict(self, p_holm: float) -> str:
-        """What the tests say, with an adjusted p."""
-        is_close = self.p_equivalence < 0.05
-        if p_holm < 0.05:
-            return f"different, by less than {MARGIN} points" if is_close else "different"
-        return f"equivalent within {MARGIN} points" if is_close else "not told apart"
+    return ttest_1samp(values, 0).confidence_interval().high - np.mean(values) if len(values) > 1 else math.nan
 
 
-def estimate(values: list[float]) -> Estimate:
-    """Estimate the mean of accuracies or of their differences."""
-    from scipy.stats import t  # in requirements-dev.txt; only the report of the grid needs it
-
-    if len(values) < 2:
-        return Estimate(*[math.nan] * 4)
-    mean, error, freedom = np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values)), len(values) - 1
-    p, p_equivalence = 2 * t.sf(abs(mean) / error, freedom), t.sf((MARGIN - abs(mean)) / error, freedom)
-    return Estimate(mean, t.ppf(0.975, freedom) * error, p, p_equivalence)
+def verdict(p: float, p_equivalence: float) -> str:
+    """What the tests of a difference and of equivalence say."""
+    is_close = p_equivalence < 0.05
+    if p < 0.05:
+        return f"different, by less than {MARGIN} points" if is_close else "different"
+    return f"equivalent within {MARGIN} points" if is_close else "not told apart"
 
 
 def holm(p_values: list[float]) -> np.ndarray:
-    """Adjust p-values for multiple tests (Holm, 1979); a missing test (NaN) counts as p = 1."""
-    p_values, count = np.nan_to_num(p_values, nan=1), len(p_values)
-    order, adjusted = np.argsort(p_values), np.empty(count)
+    """Adjust p-values for multiple tests (Holm, 1979)."""
+    order, count = np.argsort(p_values), len(p_values)
+    adjusted = np.empty(count)
     adjusted[order] = np.maximum.accumulate(np.sort(p_values) * np.arange(count, 0, -1)).clip(max=1)
     return adjusted
 
@@ -81,19 +70,22 @@ def accuracies(runs: dict[int, list[dict]]) -> dict[int, float]:
 
 def contrast_table(settings: Settings) -> str:
     """The planned contrasts, with numbers and a verdict if there are at least two pairs of seeds."""
-    pairs = []
+    from scipy.stats import ttest_1samp
+
+    pairs, rows = [], []
     for signs in grid.CONTRASTS.values():
         terms = [(sign, accuracies(settings.get(setting, {}))) for setting, sign in signs.items()]
         seeds = set(grid.SEEDS).intersection(*(by_seed for _, by_seed in terms))
         pairs.append([sum(sign * by_seed[seed] for sign, by_seed in terms) for seed in seeds])
-    estimates, rows = [estimate(values) for values in pairs], []
-    adjusted = holm([found.p for found in estimates])
-    for name, values, found, p in zip(grid.CONTRASTS, pairs, estimates, adjusted, strict=True):
+    p_values = [ttest_1samp(values, 0).pvalue if len(values) > 1 else 1 for values in pairs]  # 1: not tested yet
+    for name, values, p, p_holm in zip(grid.CONTRASTS, pairs, p_values, holm(p_values), strict=True):
         row = [name, f"{len(values)} of {len(grid.SEEDS)}"]
         if len(values) > 1:
-            low, high = found.mean - found.half, found.mean + found.half
-            row += [f"{found.mean:+.1f} ({low:+.1f} to {high:+.1f})", f"{found.p:.3g}", f"{p:.3g}"]
-            row += [f"{found.p_equivalence:.3g}", found.verdict(p)]
+            mean, half = np.mean(values), half_interval(values)
+            sides = (-MARGIN, "greater"), (MARGIN, "less")
+            p_equivalence = max(ttest_1samp(values, bound, alternative=side).pvalue for bound, side in sides)
+            row += [f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})", f"{p:.3g}", f"{p_holm:.3g}"]
+            row += [f"{p_equivalence:.3g}", verdict(p_holm, p_equivalence)]
         rows.append(row)
     header = ["contrast", "pairs of seeds", "points (95% interval)", "p", "p, Holm", "p, equivalence", "verdict"]
     return markdown(header, rows)
@@ -104,7 +96,7 @@ def accuracy_table(settings: Settings) -> str:
     rows = []
     for (model, fraction), runs in settings.items():
         values = list(accuracies(runs).values())
-        interval = f" ± {estimate(values).half:.1f}" if len(values) > 1 else ""
+        interval = f" ± {half_interval(values):.1f}" if len(values) > 1 else ""
         seeds = ", ".join(f"{value:.1f}" for value in values)
         rows.append([LABELS[model], fraction, f"{np.mean(values):.1f}{interval}", str(len(values)), seeds])
     return markdown(["model", "training images", "test accuracy (%), 95% interval", "seeds", "each seed"], rows)
@@ -163,7 +155,7 @@ def plot_accuracy(settings: Settings) -> Figure:
         values = {label: list(accuracies(by_seed).values()) for label, by_seed in runs.items()}
         plot_seeds(axes, values)
         for row, row_values in enumerate(values.values()):
-            axes.errorbar(np.mean(row_values), row, xerr=estimate(row_values).half, fmt="|k", capsize=4)
+            axes.errorbar(np.mean(row_values), row, xerr=half_interval(row_values), fmt="|k", capsize=4)
     return figure
 
 
@@ -240,10 +232,7 @@ def write_grid(out: Path):
 
 
 def compare(folder: Path, runs: list[Path]):
-    """Write a table of run folders and of the runs in `folder`/runs.jsonl, and plot their accuracy and mean gate.
-
-    Table and plot are README.md and compare.png in `folder`.
-    """
+    """Write `folder`/README.md and compare.png: accuracy and mean gate of its runs.jsonl and of run folders."""
     finished = list(read_runs(folder / "runs.jsonl").values())
     if not finished:
         raise UserError(f"{folder} has no runs.jsonl with finished runs")
@@ -270,8 +259,7 @@ def compare(folder: Path, runs: list[Path]):
     table = markdown(["run", f"{images} accuracy after the last epoch (%)", "epochs", "mean gate", "command"], rows)
     summary = provenance_summary(records)
     notes = f"{'; '.join(summary['hardware'])}. Table and plot: `{summary['command']}`."
-    image = "![accuracy and mean gate over epochs](compare.png)"
-    write_text(folder / "README.md", f"{table}\n\n{notes}\n\n{image}\n")
+    write_text(folder / "README.md", f"{table}\n\n{notes}\n\n![accuracy and mean gate over epochs](compare.png)\n")
 
 
 def gpsa_heads(row: dict) -> np.ndarray:
@@ -285,19 +273,20 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
-def provenance_summary(runs: list[dict]) -> dict:
-    """The command that is running, and the distinct machines and versions of some runs."""
+def provenance_summary(runs: Sequence[dict]) -> dict:
+    """The running command, and the distinct machines and versions of some runs, or without runs of this process."""
     keys = ("device", "cpu", "machine", "python", "torch", "torchvision")
-    entries = [entry for run in runs for entry in run["provenance"]]
+    current = provenance(torch.device(Config.device))
+    entries = [entry for run in runs for entry in run["provenance"]] or [current]
     hardware = sorted({", ".join(f"{key}: {entry[key]}" for key in keys if entry.get(key)) for entry in entries})
-    return {"command": provenance(torch.device("cpu"))["command"], "hardware": hardware}
+    return {"command": current["command"], "hardware": hardware}
 
 
-def save(file: Path, record: dict, text: str, runs: list[dict], figure: Figure):
+def save(file: Path, record: dict, table: str, notes: str, figure: Figure, runs: Sequence[dict] = ()):
     """Write FILE.md, FILE.json, and FILE.png for a result, with the provenance of its runs; print the text."""
     file.parent.mkdir(parents=True, exist_ok=True)
     record = provenance_summary(runs) | record
-    text = f"{text}\n`{record['command']}`; {'; '.join(record['hardware'])}."
+    text = f"{table}\n\n{notes}\n`{record['command']}`; {'; '.join(record['hardware'])}."
     write_text(file.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     write_text(file.with_suffix(".md"), f"{text}\n\n![same data as a plot]({file.name}.png)\n")
     figure.savefig(file.with_suffix(".png"), dpi=120)

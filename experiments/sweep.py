@@ -18,7 +18,7 @@ from training.distributed import Stopped, UserError, abort
 
 CODE = Path(__file__).parent.parent
 RESUME_HINT = "rerun the same command to resume"
-Plan = dict[str, list[str]]  # by name of a run: the flags of train_cifar.py, except for --run and --resume
+Plan = dict[str, list[str]]  # name: flags of train_cifar.py, without --run and --resume; none: it waits for others
 
 
 def read_run(folder: Path) -> dict:
@@ -28,79 +28,77 @@ def read_run(folder: Path) -> dict:
 
 
 def read_runs(file: Path) -> dict[str, dict]:
-    """The finished runs in a runs.jsonl as records by name; none if there is no such file."""
-    return {record["name"]: record for record in read_json_lines(file)} if file.exists() else {}
+    """The finished runs in a runs.jsonl as records by name; none if there is no such file. Raises UserError."""
+    try:
+        return {record["name"]: record for record in read_json_lines(file)} if file.exists() else {}
+    except ValueError as error:  # such as a merge conflict
+        raise UserError(str(error)) from error
 
 
-class Sweep:
-    """Runs in subfolders of `folder`, the finished ones also in its runs.jsonl."""
+def append_run(file: Path, record: dict):
+    """Add a finished run to a runs.jsonl unless it is there. Atomic among processes."""
+    with open(file, "a+b") as runs:
+        lock(runs.fileno())
+        if record["name"] not in read_runs(file):
+            runs.seek(0)
+            runs.truncate(runs.read().rfind(b"\n") + 1)
+            runs.write(json.dumps(record).encode() + b"\n")
 
-    def __init__(self, folder: Path):
-        self.folder, self.file = folder, folder / "runs.jsonl"
 
-    def append(self, record: dict):
-        """Add a finished run to the file unless it is there. Atomic among processes."""
-        with open(self.file, "a+b") as file:
-            lock(file.fileno())
-            if record["name"] not in read_runs(self.file):
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-                file.write(json.dumps(record).encode() + b"\n")
+def train_sweep(folder: Path, get_plan: Callable[[dict], Plan], prepare: Callable[[str], Path] = lambda name: CODE):
+    """Train all missing runs of a plan in subfolders; it is made again, from the finished runs, after every run.
 
-    def missing(self, plan: Plan) -> Plan:
-        """The unfinished runs of a plan that can start: a run without flags waits for others."""
-        finished = read_runs(self.file)
-        return {name: flags for name, flags in plan.items() if flags and name not in finished}
-
-    def train(self, get_plan: Callable[[], Plan], prepare: Callable[[str], Path] = lambda name: CODE):
-        """Train all missing runs of a plan, which is made again after every run.
-
-        `prepare` returns the code folder that trains a run. Raises UserError if a run fails, or, after a
-        KeyboardInterrupt, once the run is saved.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        while missing := self.missing(get_plan()):
-            name, run_lock = self._lock_one(list(missing))
-            try:
-                if name not in read_runs(self.file):  # no other process has finished it meanwhile
-                    print(f"\n{name} ({len(missing)} runs left)", flush=True)
-                    self._train(name, missing[name], prepare(name), run_lock)
-            finally:
-                os.close(run_lock)
-
-    def _lock_one(self, names: list[str]) -> tuple[str, int]:
-        """Lock the first run that no other process trains; if there is none, wait for the first of all."""
-        for wait, candidates in ((False, names), (True, names[:1])):
-            for name in candidates:
-                run_lock = os.open(self.folder / f"{name}.lock", os.O_RDWR | os.O_CREAT)
-                try:
-                    lock(run_lock, wait)
-                    return name, run_lock
-                except BlockingIOError:
-                    os.close(run_lock)
-            print(f"waiting for {names[0]}, which another process trains", flush=True)
-
-    def _train(self, name: str, flags: list[str], code: Path, run_lock: int):
-        """Train or resume a run and append it to the file."""
-        folder = self.folder / name
-        resume = ["--resume"] if (folder / "last.pt").exists() else []
-        command = [sys.executable, str(code.resolve() / "train_cifar.py"), *flags, "--run", str(folder), *resume]
-        # In its own session, the child gets a Ctrl-C only once, from here. It inherits the lock, and so keeps it even
-        # if this process is killed.
-        process = subprocess.Popen(command, start_new_session=True, pass_fds=[run_lock])
-        interrupted = False
+    `prepare` returns the code folder that trains a run. Raises UserError if a run fails, or, after a
+    KeyboardInterrupt, once the run is saved.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        finished = read_runs(folder / "runs.jsonl")
+        missing = {name: flags for name, flags in get_plan(finished).items() if flags and name not in finished}
+        if not missing:
+            return
+        name, run_lock = lock_one(folder, list(missing))
         try:
-            process.wait()
-        except KeyboardInterrupt:
-            interrupted = True
-            process.terminate()  # it finishes the step and saves
-            process.wait()
-        if process.returncode == 0:
-            self.append(read_run(folder))
-        if interrupted:
-            raise Stopped(f"stopped in the run {name}; {RESUME_HINT}", 130)
-        if process.returncode:
-            raise UserError(f"the run {name} failed; fix the cause, then {RESUME_HINT}")
+            if name not in read_runs(folder / "runs.jsonl"):  # no other process has finished it meanwhile
+                print(f"\n{name} ({len(missing)} runs left)", flush=True)
+                train_run(folder / name, missing[name], prepare(name), run_lock)
+        finally:
+            os.close(run_lock)
+
+
+def lock_one(folder: Path, names: list[str]) -> tuple[str, int]:
+    """Lock the first run that no other process trains; if there is none, wait for the first of all."""
+    for wait, candidates in ((False, names), (True, names[:1])):
+        for name in candidates:
+            run_lock = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT)
+            try:
+                lock(run_lock, wait)
+                return name, run_lock
+            except BlockingIOError:
+                os.close(run_lock)
+        print(f"waiting for {names[0]}, which another process trains", flush=True)
+
+
+def train_run(folder: Path, flags: list[str], code: Path, run_lock: int):
+    """Train or resume a run and append it to runs.jsonl."""
+    resume = ["--resume"] if (folder / "last.pt").exists() else []
+    command = [sys.executable, str(code.resolve() / "train_cifar.py"), *flags, "--run", str(folder), *resume]
+    # In its own session, the child gets a Ctrl-C only once, from here. It inherits the lock, and so keeps it even if
+    # this process is killed.
+    process = subprocess.Popen(command, start_new_session=True, pass_fds=[run_lock])
+    interrupted = False
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        interrupted = True
+        process.terminate()  # it finishes the step and saves
+        process.wait()
+    if process.returncode == 0:
+        append_run(folder.parent / "runs.jsonl", read_run(folder))
+    if interrupted:
+        raise Stopped(f"stopped in the run {folder.name}; {RESUME_HINT}", 130)
+    if process.returncode:
+        raise UserError(f"the run {folder.name} failed; fix the cause, then {RESUME_HINT}")
 
 
 def lock(descriptor: int, wait: bool = True):

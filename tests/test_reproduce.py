@@ -24,7 +24,7 @@ from PIL import Image
 from convit_min import GPSA, ConViT, ConViTConfig
 from experiments import grid, report, reproduce
 from experiments.heads import masked
-from experiments.sweep import Plan, Sweep, read_run, read_runs, run_main
+from experiments.sweep import Plan, append_run, read_run, read_runs, run_main, train_sweep
 from images import normalize
 from train_cifar import Config
 from training.checkpoint import save_weights
@@ -86,7 +86,7 @@ def train_runs(folder: Path, code: Path, plan: Plan):
     os.dup2(output, 2)
     os.setpgrp()
     sys.argv = ["sweep"]
-    run_main(Sweep(folder).train, get_plan=lambda: plan, prepare=lambda name: code)
+    run_main(train_sweep, folder=folder, get_plan=lambda finished: plan, prepare=lambda name: code)
 
 
 def start_sweep(folder: Path, code: Path, plan: Plan) -> multiprocessing.Process:
@@ -146,8 +146,8 @@ def test_signal_is_passed_on_once_and_the_run_is_saved(fake_code, tmp_path, numb
 
 def append_runs(file: Path, prefix: str):
     for index in range(20):
-        Sweep(file.parent).append({"name": f"{prefix}{index}", "padding": prefix * 20_000})
-        Sweep(file.parent).append({"name": f"shared{index}", "padding": ""})
+        append_run(file, {"name": f"{prefix}{index}", "padding": prefix * 20_000})
+        append_run(file, {"name": f"shared{index}", "padding": ""})
 
 
 def test_append_is_atomic(tmp_path):
@@ -170,18 +170,18 @@ def test_append_is_atomic(tmp_path):
 
 
 def test_sweep_refuses_what_it_cannot_train(fake_code, tmp_path, monkeypatch):
-    sweep = Sweep(tmp_path)
-
     def refuses(plan: Plan, message: str):
         with pytest.raises(UserError, match=message):
-            sweep.train(lambda: plan, lambda name: fake_code)
+            train_sweep(tmp_path, lambda finished: plan, lambda name: fake_code)
 
     refuses({"bad": ["--seed", "-1"]}, r"^the run bad failed; fix the cause, then rerun the same command")
-    sweep.append({"name": "done"})
-    sweep.train(lambda: {"done": []})  # nothing to train
+    append_run(tmp_path / "runs.jsonl", {"name": "done"})
+    train_sweep(tmp_path, lambda finished: {"done": []})  # nothing to train
     monkeypatch.setitem(sys.modules, "fcntl", None)
     refuses({"new": ["--seed", "0"]}, "^training needs Linux or macOS; on Windows, use WSL$")
-    assert list(read_runs(sweep.file)) == ["done"]
+    assert list(read_runs(tmp_path / "runs.jsonl")) == ["done"]
+    (tmp_path / "runs.jsonl").write_text("<<<<<<< HEAD\n")
+    refuses({"new": ["--seed", "0"]}, r"runs\.jsonl is damaged")
 
 
 def fake_record(name: str, accuracy: float) -> dict:
@@ -281,29 +281,18 @@ def stats():
     return pytest.importorskip("scipy.stats", reason="pip install -r requirements-dev.txt")
 
 
-def test_estimate_equals_scipy(stats):
-    for values in ([1, 2, 3, 4, 5], [0.1, -0.1, 0.2, -0.2, 0.01], [-1.2, -3.1], [1.5, 1.5, 1.6, 1.4]):
-        found, test = report.estimate(values), stats.ttest_1samp(values, 0)
-        interval = found.mean - found.half, found.mean + found.half
-        assert (found.mean, found.p, *interval) == pytest.approx(
-            (np.mean(values), test.pvalue, *test.confidence_interval())
-        )
-        one_sided = (
-            stats.ttest_1samp(values, bound, alternative=side).pvalue
-            for bound, side in ((-1.5, "greater"), (1.5, "less"))
-        )
-        assert found.p_equivalence == pytest.approx(max(one_sided))
-    assert all(map(math.isnan, report.estimate([1.0])))
-    close = report.estimate([0.1, -0.1, 0.2, -0.2, 0.01])
-    verdicts = ["different, by less than 1.5 points", "equivalent within 1.5 points"]
-    assert [close.verdict(p) for p in (0.04, 0.06)] == verdicts
-    assert report.estimate([3, 3.1, 2.9]).verdict(0.04) == "different"
-    assert report.estimate([1, 2, 3]).verdict(0.06) == "not told apart"
+def test_verdicts_and_intervals(stats):
+    assert report.half_interval([3, 4, 5]) == pytest.approx(2.4841, abs=1e-4)  # t = 4.3027, standard error 1 / sqrt(3)
+    assert math.isnan(report.half_interval([1.0]))
+    assert report.verdict(0.04, 0.01) == "different, by less than 1.5 points"
+    assert report.verdict(0.06, 0.01) == "equivalent within 1.5 points"
+    assert report.verdict(0.04, 0.5) == "different"
+    assert report.verdict(0.06, 0.5) == "not told apart"
 
 
-def test_holm_counts_missing_tests():
+def test_holm_adjusts_each_p_by_its_rank():
     assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert report.holm([math.nan, 0.9, 0.02]) == pytest.approx([1, 1, 0.06])
+    assert report.holm([1, 0.9, 0.02]) == pytest.approx([1, 1, 0.06])
 
 
 @pytest.mark.filterwarnings("error")
@@ -474,6 +463,16 @@ def test_comparison_gives_the_committed_tables(tmp_path, run_script):
         assert table == committed.split("\n\n")[0] and table.count("\n") > 2
         with Image.open(tmp_path / name / "compare.png") as plot:
             plot.verify()
+
+
+def test_gates_of_a_run_in_its_first_epoch(tree, run_script, tmp_path):
+    run = save_run(perturb(ConViT(TINY)), tmp_path / "run")  # a single snapshot
+    heads = {"gate": [[0.6] * 9, [0.2] * 9, [None] * 9], "non_locality": [[2.0] * 9] * 3}
+    (run / "metrics.jsonl").write_text(json.dumps({"epoch": 3, "heads": heads}) + "\n")
+    status, output = run_script(reproduce, "gates", "--run", run, "--data-dir", tree, "--out", tmp_path)
+    assert status == 0 and "2 classes; run, cpu" in output and "| 2 | 0.20 | 0.20 | 0.20 | 2.00 | 2.00 |" in output
+    with Image.open(tmp_path / "gates.png") as plot:
+        plot.verify()
 
 
 def test_user_errors_are_one_sentence(tree, tmp_path, run_script, monkeypatch):
