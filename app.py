@@ -61,7 +61,6 @@ LAUNCH_OPTIONS = {
     "ssr_mode": False,
     "state_session_capacity": 20,  # Gradio keeps the last request of each
 }
-BAD_ARGUMENTS = KeyError, TypeError, IndexError, AttributeError, OverflowError, FileNotFoundError
 
 
 def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> gr.Blocks:
@@ -103,7 +102,7 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
         data = select(model).examples[example].data if example else base64.b64decode(file, validate=True)
         return select(model).prepare_image(data)
 
-    def layer_maps(model: str, pixels: str, layer: int) -> dict:
+    def layer_maps(model: str, pixels: str, layer: int) -> list[dict]:
         return select(model).layer_maps(pixels, layer)
 
     def recompute(model: str, pixels: str, layer: int, snapshot: int, gates: list) -> dict:
@@ -136,7 +135,6 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
     def classes(image: str, top: int = 3, model: str = "") -> list[tuple[str, float]]:
         """The most likely classes of an image and their probabilities, the best first."""
         last = newest(model).models[-1]
-        check_index("number of classes", min(top, 1000), 1, 1000)
         upload = load_upload(base64.b64decode(image, validate=True), decode_size(*last.config.image_shape))
         return worker.submit(predict, last, upload, top).result()
 
@@ -172,29 +170,28 @@ def open_models(runs: list[Path]) -> dict[str, AttentionInspector]:
 
 
 def json_errors(function):
-    """Return a server function's errors to the page as a message for the user; requests may contain anything."""
+    """Return a server function's errors to the page as a message for the user."""
 
-    def call(request) -> dict:
+    def call(request) -> dict | list:
         try:
-            return function(**request)
-        except ValueError as error:
-            return {"error": str(error)}
-        except BAD_ARGUMENTS:
-            return {"error": "Invalid request. Please reload the page."}
+            with api_errors("Invalid request. Please reload the page."):
+                return function(**request)
+        except gr.Error as error:
+            return {"error": error.message}
 
     call.__name__ = function.__name__  # what the page calls it
     return call
 
 
 @contextlib.contextmanager
-def api_errors():
-    """Show a function's errors to Python clients."""
+def api_errors(invalid: str = "invalid arguments"):
+    """Raise a function's errors as those that Gradio shows to its clients; requests may contain anything."""
     try:
         yield
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from None
-    except BAD_ARGUMENTS:
-        raise gr.Error("invalid arguments", print_exception=False) from None
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError, FileNotFoundError):
+        raise gr.Error(invalid, print_exception=False) from None
 
 
 def main():

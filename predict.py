@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from analysis import plot_attention
+from analysis import check_index, plot_attention
 from convit_min import ConViT
 from images import preprocess
 from training.config import number
@@ -31,8 +31,9 @@ def predict(model: ConViT, image, top: int = 3) -> list[tuple[str, float]]:
     """The most likely classes of an image and their probabilities, the best first.
 
     `model` comes from `open_model`; `image` is a path, the bytes of a file, a PIL image, or a uint8 array (H W, or
-    H W 3). Raises ValueError if it is none of these, or unreadable.
+    H W 3). Raises ValueError if it is none of these, or unreadable, and for `top` below 1.
     """
+    check_index("number of classes", min(top, len(model.classes)), 1, len(model.classes))
     logits = model(preprocess(model, image))[0]
     probabilities, indices = logits.float().softmax(dim=0).topk(min(top, len(logits)))
     return [(model.classes[index], p) for index, p in zip(indices.tolist(), probabilities.tolist(), strict=True)]

@@ -56,8 +56,8 @@ def test_page_works_without_a_server(browser, site, models):
         with open_page(browser, f"{site}#model={key}&image={name}&epoch={model.models[last].epoch}&layer=2") as page:
             assert page.evaluate("convit.state.snapshot") == last
             answer = model.layer_maps(pixels, 1)
-            assert page.evaluate("convit.state.maps.map(({ peaks }) => peaks)") == answer["peaks"]
-            assert shown_predictions(page) == [list(row) for row in answer["predictions"][last]]
+            assert page.evaluate("convit.state.maps.map(({ peaks }) => peaks)") == [maps["peaks"] for maps in answer]
+            assert shown_predictions(page) == [list(row) for row in answer[last]["predictions"]]
             for pin in (1, 0):
                 page.locator(f"[data-scope=model][data-pin='{pin}']").click()
                 page.wait_for_function(f"convit.state.recomputed && convit.state.gates.get('0,0') === {pin}")

@@ -206,7 +206,7 @@ def test_api_returns_the_models_maps(server, oblong):
         with pytest.raises(Exception, match=message):
             client.predict(*arguments, api_name="/heads")
     assert len(client.predict(base64.b64encode(file).decode(), 9, api_name="/predict")) == 3
-    with pytest.raises(Exception, match="expected a number of classes from 1 to 1000, not -1"):
+    with pytest.raises(Exception, match="expected a number of classes from 1 to 3, not -1"):
         client.predict(base64.b64encode(file).decode(), -1, api_name="/predict")
     added, again = perturb(ConViT(OBLONG)), f"again/{oblong.name}"  # on whose snapshots no other test depends
     add_epoch(oblong.parent / again, added, 3)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -55,11 +56,11 @@ def test_content_maps_match_the_model_to_one_byte(inspector, photo):
             logits, attention = model(normalize(torch.tensor(raw).permute(2, 0, 1)[None]), return_attention=True)
         for layer, answer in enumerate(answers):
             content = attention[layer].content[0, :, -64:, -64:]  # without the class token
-            quantized = np.frombuffer(base64.b64decode(answer["content"][snapshot]), dtype=np.uint8)
-            peak = torch.tensor(answer["peaks"][snapshot])[:, None, None]
+            quantized = np.frombuffer(base64.b64decode(answer[snapshot]["content"]), dtype=np.uint8)
+            peak = torch.tensor(answer[snapshot]["peaks"])[:, None, None]
             error = (torch.tensor(quantized).view_as(content) / 255 * peak - content).abs() / peak
             assert error.max() <= 0.5 / 255 + 1e-6
-            name, before, after = answer["predictions"][snapshot][0]
+            name, before, after = answer[snapshot]["predictions"][0]
             assert before == after
             assert name == record["classes"][logits.argmax()]
             assert before == pytest.approx(logits.softmax(1).max().item(), abs=1e-3)
@@ -226,7 +227,7 @@ def test_opening_view_of_a_growing_run_follows_its_snapshots(tmp_path, monkeypat
         before["image"] == next(iter(finished.examples)) != after["image"] and after == finished.describe()["opening"]
     )
     image = growing.prepare_image(growing.examples[after["image"]].data)
-    first, *_, last = growing.layer_maps(image["pixels"], 0)["predictions"]
+    first, *_, last = (maps["predictions"] for maps in growing.layer_maps(image["pixels"], 0))
     assert first[0][0] != last[0][0] == after["image"]
     growing.layer_maps(image["pixels"], 1)
     assert growing._cached_maps.cache_info().misses == 3  # the maps of all layers are kept
@@ -302,11 +303,16 @@ def test_gif_has_one_distinct_frame_per_snapshot(inspector, photo):
     assert len(frames) == 2 and np.abs(frames[0] - frames[1]).mean() > 0.3
 
 
+def raise_no_space(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
 def test_training_queue_is_fair_and_drops_absent_sessions(tmp_path, monkeypatch):
     script = tmp_path / "train.py"  # stands in for train_cifar.py: writes one record, then waits
     script.write_text("""
 import pathlib, sys, time
 run = pathlib.Path(sys.argv[sys.argv.index("--run") + 1])
+run.mkdir()
 (run / "metrics.jsonl").write_text('{"epoch": 0}\\n')
 while not (run / "finish").exists():
     if (run / "crash").exists(): sys.exit(1)
@@ -327,6 +333,9 @@ while not (run / "finish").exists():
 
     try:
         assert training_queue.handle("anna", "status") == {"state": "idle"}
+        with monkeypatch.context() as full_disk:
+            full_disk.setattr(subprocess, "Popen", raise_no_space)
+            assert training_queue.handle("zoe", "start")["state"] == "failed"
         training_queue.handle("anna", "start")
         wait_for("anna", "training")
         assert training_queue.handle("anna", "start")["state"] == "training"  # a second click changes nothing
@@ -351,6 +360,7 @@ while not (run / "finish").exists():
             assert training_queue.handle("f", "status")["state"] == "done"
             assert (training_queue.run_dirs["f"] / "first").exists()
         training_queue.handle("f", "start")
+        wait_for("f", "training")
         (training_queue.run_dirs["f"] / "crash").touch()
         wait_for("f", "failed")  # and the earlier run remains
         assert (training_queue.run_dirs["f"] / "first").exists()

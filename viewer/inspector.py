@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 import analysis
-from convit_min import GPSA, ConViT, HeadAttention, kernel_shape
+from convit_min import GPSA, ConViT, kernel_shape
 from images import center_crop, decode_size, normalize
 from viewer.examples import load_examples, thumbnail
 from viewer.limits import data_url, encode_base64, encode_image, load_upload
@@ -24,19 +23,10 @@ from weights import open_model, snapshot_files
 
 DEMOS = {"patterns": "Find the match (synthetic)", "cifar10": "CIFAR-10 photos"}  # folder in demo/: title
 DISPLAY_SIZE = 384  # maximum side of a displayed image, in pixels
-CACHE_BYTES = 2**26  # content maps of a model kept in memory: about 30 images of demo/patterns, with all snapshots
+CACHE_BYTES = 2**26  # content maps of a model in memory, in base64: about 24 images of demo/patterns, all snapshots
 MAX_SNAPSHOTS = 16  # of a run that may still be training, see training/checkpoint.py
 TOP_CLASSES = 4
 worker = ThreadPoolExecutor(1)
-
-
-class Maps(NamedTuple):
-    """Output of one model for one image."""
-
-    content: list[bytes]  # of every layer (h n n): 255 C / peak, between patches
-    peak: Tensor  # l h: maximum of each head's content maps
-    distances: Tensor  # l h 2: mean attention distance of each head's content maps, and of its position maps
-    probabilities: Tensor  # one per class
 
 
 def run_on_worker(method):
@@ -58,18 +48,18 @@ class AttentionInspector:
         self.config, self.classes = models[0].config, models[0].classes
         self.train_config = read_json(run_dir, "config.json")
         self.examples = load_examples(self.train_config, run_dir, self.classes, self.config.grid)
-        bytes_per_image = self.config.depth * self.config.num_heads * math.prod(self.config.grid) ** 2
+        bytes_per_image = self.config.depth * self.config.num_heads * math.prod(self.config.grid) ** 2 * 4 // 3
         snapshots = max(len(models), MAX_SNAPSHOTS if run_dir else 1)
         self._cached_maps = lru_cache(max(CACHE_BYTES // bytes_per_image, 2 * snapshots))(self._compute_maps)
         self._opening = run_on_worker(lru_cache(maxsize=1)(self._find_opening))
-        self._started = first_written(snapshot_files(run_dir)) if run_dir else 0
+        self._started = snapshot_files(run_dir)[0].stat().st_mtime_ns if run_dir else 0
 
     @run_on_worker
     def refresh(self) -> "AttentionInspector":
         """Load the snapshots that the run has written since. Returns another inspector if a new run took its folder."""
         files = snapshot_files(self.run_dir) if self.run_dir else []
-        if first_written(files) not in (0, self._started):
-            return AttentionInspector(self.name, list(map(open_model, files)), self.run_dir)
+        if files and files[0].stat().st_mtime_ns != self._started:
+            return open_run(self.run_dir, self.name)
         self.models += map(open_model, files[len(self.models) :])
         return self
 
@@ -157,19 +147,14 @@ class AttentionInspector:
             "pixels": encode_base64(cropped.tobytes()),
         }
 
-    def layer_maps(self, pixels: str, layer: int) -> dict:
-        """Content maps of one layer in all snapshots, as bytes 255 C / peak, and the predictions.
+    def layer_maps(self, pixels: str, layer: int) -> list[dict]:
+        """Content maps of one layer in every snapshot, as in `_compute_maps`, and the predictions.
 
         `pixels` comes from `prepare_image`. Raises ValueError for invalid arguments.
         """
         pixel_bytes = self._decode_pixels(pixels, layer)
-        snapshots = [self._cached_maps(pixel_bytes, model) for model in list(self.models)]
-        return {
-            "content": [encode_base64(maps.content[layer]) for maps in snapshots],
-            "peaks": [maps.peak[layer].tolist() for maps in snapshots],
-            "distances": [maps.distances[layer].tolist() for maps in snapshots],
-            "predictions": [self._top_classes(maps.probabilities, maps.probabilities) for maps in snapshots],
-        }
+        outputs = [self._cached_maps(pixel_bytes, model) for model in list(self.models)]
+        return [layers[layer] | {"predictions": self._top_classes(p, p)} for layers, p in outputs]
 
     def recompute(self, pixels: str, layer: int, snapshot: int, gates: list) -> dict:
         """`layer_maps` of one snapshot, run with different gates; predictions before and after the change.
@@ -177,14 +162,9 @@ class AttentionInspector:
         `gates` (l h) may contain None for trained gates, and for layers without gates.
         """
         pixel_bytes, model = self._decode_pixels(pixels, layer), self.models[snapshot]
-        before = self._cached_maps(pixel_bytes, model)
-        after = self._compute_maps(pixel_bytes, model, gates)
-        return {
-            "content": encode_base64(after.content[layer]),
-            "peaks": after.peak[layer].tolist(),
-            "distances": after.distances[layer].tolist(),
-            "predictions": self._top_classes(before.probabilities, after.probabilities),
-        }
+        _, before = self._cached_maps(pixel_bytes, model)
+        layers, after = self._compute_maps(pixel_bytes, model, gates)
+        return layers[layer] | {"predictions": self._top_classes(before, after)}
 
     @run_on_worker
     def head_maps(self, pixels: str, layer: int, snapshot: int, query: int, gates: list | None = None) -> list[dict]:
@@ -219,19 +199,23 @@ class AttentionInspector:
         return pixel_bytes
 
     @run_on_worker
-    def _compute_maps(self, pixel_bytes: bytes, model: ConViT, gates: list | None = None) -> Maps:
-        logits, attention = self._forward(pixel_bytes, model, gates)
-        content = torch.stack([self._between_patches(layer.content[0]) for layer in attention])  # l h n n
-        peak = content.amax(dim=(2, 3))
-        distances = torch.stack([self._mean_distances(layer) for layer in attention])
-        quantized = content.mul_(255 / peak[..., None, None]).round_().byte()
-        return Maps([layer.numpy().tobytes() for layer in quantized], peak, distances, logits[0].softmax(dim=0))
+    def _compute_maps(self, pixel_bytes: bytes, model: ConViT, gates: list | None = None) -> tuple[list[dict], Tensor]:
+        """Every layer, ready for JSON, and the class probabilities.
 
-    def _mean_distances(self, layer: HeadAttention) -> Tensor:
-        """Mean attention distance of each head's content map and position map (h 2)."""
-        position = layer.content if layer.position is None else layer.position[None]
-        distances = [analysis.mean_distance(maps, self.config.grid) for maps in (layer.content, position)]
-        return torch.stack(distances, dim=1)
+        Of each head: its content map between patches as bytes 255 C / peak, the peak, and the mean attention distances
+        of content and position map.
+        """
+        logits, attention = self._forward(pixel_bytes, model, gates)
+        layers = []
+        for maps in attention:
+            content = self._between_patches(maps.content[0])  # h n n
+            peaks = content.amax(dim=(1, 2))
+            quantized = (content * (255 / peaks[:, None, None])).round().byte()
+            position = maps.content if maps.position is None else maps.position[None]
+            distances = [analysis.mean_distance(kind, self.config.grid) for kind in (maps.content, position)]
+            layer = {"content": encode_base64(quantized.numpy().tobytes()), "peaks": peaks.tolist()}
+            layers.append(layer | {"distances": torch.stack(distances, dim=1).tolist()})
+        return layers, logits[0].softmax(dim=0)
 
     @torch.inference_mode()
     def _forward(self, pixel_bytes: bytes, model: ConViT, gates: list | None = None) -> tuple[Tensor, list]:
@@ -281,11 +265,6 @@ def open_demos() -> dict[str, AttentionInspector]:
     """The models in demo/, by folder; the first one opens."""
     folder = Path(__file__).parent.parent / "demo"
     return {name: open_run(folder / name, title) for name, title in DEMOS.items()}
-
-
-def first_written(files: list[Path]) -> int:
-    """When the first snapshot was written, in nanoseconds; 0 if there are none."""
-    return files[0].stat().st_mtime_ns if files else 0
 
 
 def read_json(run_dir: Path | None, name: str) -> dict:

@@ -61,7 +61,8 @@ class TrainingQueue:
     def close(self):
         """Stop training and delete all runs."""
         with self.lock:
-            self._stop_process()
+            for session in list(self.queue):
+                self._remove(session)
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _advance(self):
@@ -72,31 +73,30 @@ class TrainingQueue:
         if self.process and self.process.poll() is not None:
             self._remove(self.queue[0])
         if self.queue and not self.process:
-            self._start(self.queue[0])
+            try:
+                self._start(self.queue[0])
+            except OSError:  # such as a full disk
+                self.failed.add(self.queue[0])
+                self._remove(self.queue[0])
 
     def _start(self, session: str):
         self.folder.mkdir(mode=0o700, exist_ok=True)  # /tmp may have been cleaned
-        run_dir = Path(tempfile.mkdtemp(dir=self.folder))  # a new path for every run: app.py caches models by path
-        self.earlier_run = self.run_dirs.pop(session, None)
-        self.run_dirs[session] = run_dir
+        run_dir = self.folder / str(time.time_ns())  # a new path for every run: app.py caches models by path
         command = ["nice", sys.executable, SCRIPT, *RECIPE, "--epochs", str(EPOCHS), "--run", run_dir]
         env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # idle threads leave the cores to the server
         quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        self.started = time.time()
         self.process = subprocess.Popen(command, cwd=self.folder, env=env, **quiet)
-
-    def _stop_process(self):
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+        self.started, self.earlier_run = time.time(), self.run_dirs.pop(session, None)
+        self.run_dirs[session] = run_dir
 
     def _remove(self, session: str):
         if self.process and session == self.queue[0]:
             if self.process.poll():  # neither running nor finished
                 self.failed.add(session)
-            self._stop_process()
-            count = len(self._records(session))
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+            count = len(read_records(self.run_dirs.get(session)))  # with epoch 0, before training
             if count < 2 and self.earlier_run:
                 self.run_dirs[session], self.earlier_run = self.earlier_run, self.run_dirs[session]
             elif count == 0 and session not in self.failed:
@@ -108,16 +108,12 @@ class TrainingQueue:
         finished = [session for session in self.run_dirs if session not in self.queue]
         for session in finished[:-MAX_KEPT_RUNS]:
             shutil.rmtree(self.run_dirs.pop(session), ignore_errors=True)
-        self.failed &= self.run_dirs.keys()
-
-    def _records(self, session: str) -> list[dict]:
-        """Metrics of the finished epochs of a session's run, and of epoch 0 before training."""
-        return read_records(self.run_dirs.get(session))
+            self.failed.discard(session)
 
     def _status(self, session: str) -> dict:
         if session in self.queue[1:]:
             return {"state": "waiting", "position": self.queue.index(session)}
-        count = len(self._records(session))
+        count = len(read_records(self.run_dirs.get(session)))
         progress = {"epoch": count - 1, "epochs": EPOCHS}
         if session in self.queue:
             left = None  # startup takes longer than an epoch

@@ -52,14 +52,10 @@ export function chart({ title, series, references = [], high, lastEpoch, cursor 
 // Labels moved apart vertically, so that they do not overlap.
 function spread(labels) {
   labels.sort((a, b) => a.top - b.top);
-  labels.forEach((label, index) => {
-    if (index > 0) label.top = Math.max(label.top, labels[index - 1].top + LABEL_HEIGHT);
-  });
-  let lowest = BOTTOM + 4;
-  for (const label of labels.reverse()) {
-    label.top = Math.min(label.top, lowest);
-    lowest = label.top - LABEL_HEIGHT;
-  }
+  let top = -Infinity;
+  for (const label of labels) top = label.top = Math.max(label.top, top + LABEL_HEIGHT);
+  top = BOTTOM + 4 + LABEL_HEIGHT;
+  for (const label of labels.reverse()) top = label.top = Math.min(label.top, top - LABEL_HEIGHT);
   return labels;
 }
 

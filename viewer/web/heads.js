@@ -1,9 +1,9 @@
 // The heads of a layer as small multiples, and the heatmap of all gates.
 
 import { find, findAll, html, render } from "./dom.js";
-import { paintMap, shade } from "./hero.js";
-import { allHeads, allLayers, changedGate, gatedLayers, gateOf, hasGates, meanDistance, shownKind,
-  startsLocal, state } from "./state.js";
+import { drawHero, paintMap, shade } from "./hero.js";
+import { allHeads, allLayers, changedGate, gatedLayers, gateOf, hasGates, headMaps, meanDistance,
+  placeOf, shownKind, startsLocal, state } from "./state.js";
 
 export const gateColor = (gate) =>
   `color-mix(in oklab, var(--position) ${(100 * gate).toFixed(1)}%, var(--content))`;
@@ -60,7 +60,12 @@ export function mapMarkup() {
 }
 
 // What depends on the query patch. Runs on every mouse move: it must not cause a page layout.
-export function drawMaps(allMaps) {
+export function drawMaps() {
+  const place = placeOf(state.query).map((index) => `${100 * index}%`);
+  for (const node of findAll(".heads, .image")) {
+    node.style.setProperty("--query", `translate(${place})`);
+  }
+  const allMaps = allHeads().map((head) => headMaps(head, state.query));
   const highest = allMaps.map((maps) => Math.max(...maps[shownKind()]));
   const shared = find(".same-scale").checked ? Math.max(...highest) : 0;
   for (const card of findAll(".head")) {
@@ -69,6 +74,7 @@ export function drawMaps(allMaps) {
       [...color, 255 * strength]);
     card.querySelector(".maximum").firstChild.data = highest[head].toFixed(2);
   }
+  drawHero(allMaps[state.head]);
 }
 
 // The gates of all layers as rows of cells. The Tab key reaches only the selected one.

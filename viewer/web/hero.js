@@ -2,7 +2,7 @@
 // with lines, and over the image in color.
 
 import { find, html } from "./dom.js";
-import { clamp, massThreshold, scaleOf } from "./maps.js";
+import { clamp, massThreshold } from "./maps.js";
 import { currentExample, KINDS, numPatches, placeOf, shownKind, state } from "./state.js";
 
 // brighter than in page.css: on images
@@ -32,7 +32,7 @@ const option = (name) => Number(find(`.${name}`).value);
 export function shade(maps, shared = 0) {
   const kind = shownKind();
   const map = maps[kind];
-  const scale = scaleOf(Math.max(...map, shared), numPatches());
+  const scale = Math.max(...map, shared, 4 / numPatches()); // flat maps must not look bright
   const threshold = massThreshold(map, option("mass"));
   return Array.from(map, (weight, key) => ({ key, weight, color: hueOf(maps, kind, key),
     strength: weight < threshold ? 0 : Math.sqrt(weight / scale) }));
@@ -45,21 +45,18 @@ export function paintMap(canvas, patches, pixelOf) {
   canvas.getContext("2d").putImageData(pixels, 0, 0);
 }
 
-let animation = 0; // id of the one in progress
-let drawn = {}; // the maps on display, and what they belong to
+const drawn = { view: [] }; // the maps on display, and what they belong to
 
 // Draw the maps of the selected head; other maps of the same head and patch move to them.
 export function drawHero(maps) {
-  const id = ++animation;
-  const { image, layer, head, query } = state;
-  const view = { image, layer, head, query };
   const from = drawn.maps;
-  const isSame = Object.keys(view).every((name) => view[name] === drawn[name]);
-  drawn = { ...view, maps: from };
+  const view = [state.image, state.layer, state.head, state.query];
+  const isSame = view.every((part, index) => part === drawn.view[index]);
+  drawn.view = view;
   if (!isSame || matchMedia("(prefers-reduced-motion: reduce)").matches) return paint(maps);
   const start = performance.now();
   const frame = () => {
-    if (id !== animation || image !== state.image) return; // superseded
+    if (drawn.view !== view || view[0] !== state.image) return; // superseded
     const t = Math.min(1, (performance.now() - start) / ANIMATION_MS);
     const between = KINDS.map((kind) => [kind, blendAll(from[kind], maps[kind], t)]);
     paint({ gate: blend(from.gate, maps.gate, t), ...Object.fromEntries(between) });

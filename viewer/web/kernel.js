@@ -10,25 +10,17 @@ import { centerPatch, currentEpoch, gateOf, hasGates, numPatches, placeOf,
 const kernel = { right: 1, down: 0, strength: 1 };
 const SLIDERS = [["right", "right", -3.5, 3.5], ["down", "down", -3.5, 3.5],
   ["strength", "locality strength α", -1, 4]];
-const FILTERED_SIZE = 384; // pixels of the longer side of the filtered image
 
-export function bindKernel() {
-  on(".kernel-sliders", "input", ({ target }) =>
-    setKernel({ [target.className]: target.valueAsNumber }));
-  const map = find(".kernel-map");
-  map.addEventListener("pointerdown", (event) => {
-    map.setPointerCapture(event.pointerId);
-    drag(event);
-  });
-  map.addEventListener("pointermove", (event) => { if (event.buttons) drag(event); });
-  const steps = [-1, 0, 1];
-  render(".taps", steps.map((down) => steps.map((right) => html`<button data-right="${right}"
-    data-down="${down}" aria-label="tap ${right} right, ${down} down"
-    >${arrowOf(right, down)}</button>`)));
-  onClick("[data-right]", ({ right, down }) =>
-    setKernel({ right: Number(right), down: Number(down), strength: 4 }));
-  onClick(".copy-head", copyHead);
-}
+on(".kernel-sliders", "input", ({ target }) =>
+  setKernel({ [target.className]: target.valueAsNumber }));
+for (const type of ["pointerdown", "pointermove"]) on(".kernel-map", type, drag);
+const steps = [-1, 0, 1];
+render(".taps", steps.map((down) => steps.map((right) => html`<button data-right="${right}"
+  data-down="${down}" aria-label="tap ${right} right, ${down} down"
+  >${arrowOf(right, down)}</button>`)));
+onClick("[data-right]", ({ right, down }) =>
+  setKernel({ right: Number(right), down: Number(down), strength: 4 }));
+onClick(".copy-head", copyHead);
 
 function setKernel(values, note = "") {
   Object.assign(kernel, values);
@@ -63,10 +55,9 @@ function drawMap(vPos, horizontal, vertical) {
     <canvas class="down" width="1" height="${rows}"></canvas>
     <div class="map" style="--query: translate(${100 * x}%, ${100 * y}%)">${mapMarkup()}
       <b class="handle" style="left: ${100 * left}%; top: ${100 * top}%"></b></div>`);
-  const map = positionMap(vPos, centerPatch(), grid);
-  for (const [name, weights, least] of [["across", horizontal(x), 0], ["down", vertical(y), 0],
-    ["map canvas", map, 4 / numPatches()]]) {
-    const scale = Math.max(...weights, least);
+  for (const [name, weights] of [["across", horizontal(x)], ["down", vertical(y)],
+    ["map canvas", positionMap(vPos, centerPatch(), grid)]]) {
+    const scale = Math.max(...weights, 4 / numPatches());
     paintMap(find(`.kernel-map .${name}`), [...weights], (weight) =>
       [...POSITION, 255 * Math.sqrt(weight / scale)]);
   }
@@ -77,14 +68,13 @@ function drawMap(vPos, horizontal, vertical) {
 function drawFiltered(horizontal, vertical) {
   const canvas = find(".filtered");
   const [rows, columns] = state.model.grid;
-  const side = Math.floor(FILTERED_SIZE / Math.max(rows, columns)) || 1; // pixels per patch
-  const [width, height] = [columns * side, rows * side];
+  const { width, height } = state.image.element; // a whole number of pixels per patch
   Object.assign(canvas, { width, height });
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(state.image.element, 0, 0, width, height);
+  context.drawImage(state.image.element, 0, 0);
   const image = context.getImageData(0, 0, width, height);
-  const filtered = mixBlocks(image.data, columns, 4 * side, horizontal);
-  image.data.set(mixBlocks(filtered, rows, 4 * width * side, vertical));
+  const filtered = mixBlocks(image.data, columns, (4 * width) / columns, horizontal);
+  image.data.set(mixBlocks(filtered, rows, (4 * width * height) / rows, vertical));
   context.putImageData(image, 0, 0);
 }
 
@@ -102,8 +92,10 @@ function mixBlocks(values, count, size, weightsOf) {
   return mixed;
 }
 
-// Move the attention center to the pointer.
-function drag({ clientX, clientY }) {
+// Move the attention center to the pointer while a button is down.
+function drag({ buttons, clientX, clientY, currentTarget, pointerId }) {
+  if (!buttons) return;
+  currentTarget.setPointerCapture(pointerId);
   const [rows, columns] = state.model.grid;
   const [column, row] = placeOf(centerPatch());
   const { left, top, width, height } = find(".kernel-map .map").getBoundingClientRect();

@@ -3,11 +3,10 @@
 import { nearestEpoch } from "./charts.js";
 import { findAll, on, onClick, render, viewer } from "./dom.js";
 import { drawSelection, headOf } from "./heads.js";
-import { bindKernel } from "./kernel.js";
 import { allHeads, changedGate, changedGates, gatedLayers, headMaps, isGrowing, isOwn, patchAt,
   placeOf, SESSION, state } from "./state.js";
 import { bindTour, openTour } from "./tour.js";
-import { bindTraining, loadNewSnapshots } from "./train.js";
+import { loadNewSnapshots, train } from "./train.js";
 import { TRAINED, urlOf } from "./url.js";
 import { ask, draw, moveQuery, navigate, nextSnapshot, pinGates, play, setGates, showExample,
   showFile, showModel, showSnapshot, showTab } from "./view.js";
@@ -26,14 +25,13 @@ export async function start(server, isStatic = false) {
   }
   state.server = server;
   viewer.classList.toggle("static", isStatic);
-  for (const bind of [bindControls, bindImage, bindHeads, bindKernel, bindExports]) bind();
   if (!isStatic) bindFiles();
   while (!(await showUrl())) {
     await new Promise((resolve) => { setTimeout(resolve, 2000); }); // the server may be restarting
   }
   viewer.classList.remove("loading");
   bindTour();
-  if (!isStatic) bindTraining();
+  if (!isStatic) train("status");
   setInterval(() => { if (isGrowing() && !isOwn()) loadNewSnapshots(); }, 5000);
   addEventListener("hashchange", showUrl); // the user has pasted the URL of a view
   window.convit = { headMaps, pixels: () => state.image.pixels, state }; // for tests and benchmarks
@@ -50,19 +48,17 @@ async function showUrl() {
   return isShown;
 }
 
-function bindControls() {
-  onClick("[data-model]", ({ model }) => showModel(model));
-  onClick("[data-tab]", ({ tab }) => showTab(tab));
-  bindArrows(".tabs", "[data-tab]", () => 0, (tab) => tab.click());
-  onClick(".play", play);
-  onClick(".step", () => showSnapshot(nextSnapshot()));
-  onClick(".reset", () => showSnapshot(0));
-  on(".snapshot", "input", (event) => showSnapshot(event.target.valueAsNumber));
-  onClick("[data-last-epoch]", (_, event) =>
-    showSnapshot(nearestEpoch(state.model.epochs, event)));
-  onClick("[data-pin]", ({ scope, pin }) => pinGates(
-    scope === "layer" ? [state.layer] : gatedLayers(), pin === "" ? null : Number(pin)));
-}
+// Models, tabs, training time, and pins.
+onClick("[data-model]", ({ model }) => showModel(model));
+onClick("[data-tab]", ({ tab }) => showTab(tab));
+bindArrows(".tabs", "[data-tab]", () => 0, (tab) => tab.click());
+onClick(".play", play);
+onClick(".step", () => showSnapshot(nextSnapshot()));
+onClick(".reset", () => showSnapshot(0));
+on(".snapshot", "input", (event) => showSnapshot(event.target.valueAsNumber));
+onClick("[data-last-epoch]", (_, event) => showSnapshot(nearestEpoch(state.model.epochs, event)));
+onClick("[data-pin]", ({ scope, pin }) => pinGates(
+  scope === "layer" ? [state.layer] : gatedLayers(), pin === "" ? null : Number(pin)));
 
 // Arrow keys move the focus within a group of buttons, which are laid out in rows.
 function bindArrows(group, buttons, rowLength, onMove = () => {}) {
@@ -78,34 +74,33 @@ function bindArrows(group, buttons, rowLength, onMove = () => {}) {
   });
 }
 
-function bindImage() {
-  const pointed = ({ target, offsetX, offsetY }) => {
-    const [rows, columns] = state.model.grid;
-    const [x, y] = [offsetX / target.clientWidth, offsetY / target.clientHeight];
-    return patchAt(columns * x, rows * y);
-  };
-  on(".image", "pointermove", (event) => {
-    if (!state.locked && event.pointerType !== "touch") moveQuery(pointed(event));
-  });
-  on(".image", "click", (event) => {
-    const query = pointed(event);
-    navigate({ query, locked: !(state.locked && query === state.query) });
-  });
-  on(".image", "keydown", (event) => {
-    const isToggle = event.key === "Enter" || event.key === " ";
-    const arrow = arrowOfKey(event);
-    if (!isToggle && !arrow) return;
-    event.preventDefault();
-    if (isToggle) return navigate({ locked: !state.locked });
-    const [x, y] = placeOf(state.query).map((index, axis) => index + arrow[axis]);
-    moveQuery(patchAt(x, y));
-    const [column, row] = placeOf(state.query);
-    render(".screen-reader", `row ${row + 1}, column ${column + 1}`);
-  });
-  onClick("[data-kind]", ({ kind }) => navigate({ kind }));
-  onClick("[data-example]", ({ example }) => (example ? showExample(example)
-    : navigate({ example: null, image: state.upload })));
-}
+// The patch under the pointer.
+const pointed = ({ target, offsetX, offsetY }) => {
+  const [rows, columns] = state.model.grid;
+  const [x, y] = [offsetX / target.clientWidth, offsetY / target.clientHeight];
+  return patchAt(columns * x, rows * y);
+};
+on(".image", "pointermove", (event) => {
+  if (!state.locked && event.pointerType !== "touch") moveQuery(pointed(event));
+});
+on(".image", "click", (event) => {
+  const query = pointed(event);
+  navigate({ query, locked: !(state.locked && query === state.query) });
+});
+on(".image", "keydown", (event) => {
+  const isToggle = event.key === "Enter" || event.key === " ";
+  const arrow = arrowOfKey(event);
+  if (!isToggle && !arrow) return;
+  event.preventDefault();
+  if (isToggle) return navigate({ locked: !state.locked });
+  const [x, y] = placeOf(state.query).map((index, axis) => index + arrow[axis]);
+  moveQuery(patchAt(x, y));
+  const [column, row] = placeOf(state.query);
+  render(".screen-reader", `row ${row + 1}, column ${column + 1}`);
+});
+onClick("[data-kind]", ({ kind }) => navigate({ kind }));
+onClick("[data-example]", ({ example }) => (example ? showExample(example)
+  : navigate({ example: null, image: state.upload })));
 
 function bindFiles() {
   const show = (files) => { if (files[0]) showFile(files[0]); };
@@ -124,48 +119,42 @@ function bindFiles() {
   document.addEventListener("paste", (event) => show(event.clipboardData.files));
 }
 
-function bindHeads() {
-  on(".layer", "change", (event) => navigate({ layer: Number(event.target.value) }));
-  onClick("[data-cell]", ({ layer, cell }) =>
-    navigate({ layer: Number(layer), head: Number(cell) }));
-  bindArrows(".gate-heatmap", ".cell", () => allHeads().length);
-  onClick("[data-head]", ({ head }, event) => {
-    if (!event.target.closest(".gate")) navigate({ head: Number(head) });
+// Layers, heads, and display options.
+on(".layer", "change", (event) => navigate({ layer: Number(event.target.value) }));
+onClick("[data-cell]", ({ layer, cell }) => navigate({ layer: Number(layer), head: Number(cell) }));
+bindArrows(".gate-heatmap", ".cell", () => allHeads().length);
+onClick("[data-head]", ({ head }, event) => {
+  if (!event.target.closest(".gate")) navigate({ head: Number(head) });
+});
+document.addEventListener("pointerover", ({ target }) => {
+  const node = target.closest("[data-head], [data-curve], [data-cell]");
+  drawSelection(node && headOf(node));
+});
+for (const type of ["input", "change"]) { // the model runs when the slider is released
+  on(".heads", type, ({ target }) => {
+    const gate = [`${state.layer},${headOf(target.closest(".head"))}`, target.valueAsNumber];
+    setGates(new Map([...state.gates, gate]), type === "input");
   });
-  document.addEventListener("pointerover", ({ target }) => {
-    const node = target.closest("[data-head], [data-curve], [data-cell]");
-    drawSelection(node && headOf(node));
-  });
-  for (const type of ["input", "change"]) { // the model runs when the slider is released
-    on(".heads", type, ({ target }) => {
-      const gate = [`${state.layer},${headOf(target.closest(".head"))}`, target.valueAsNumber];
-      setGates(new Map([...state.gates, gate]), type === "input");
-    });
-  }
-  on(".options", "input", draw);
 }
+on(".options", "input", draw);
 
-function bindExports() {
-  const download = (name, url) =>
-    Object.assign(document.createElement("a"), { download: name, href: url }).click();
-  for (const suffix of ["png", "gif"]) {
-    onClick(`.save-${suffix}`, async (_, { target: button }) => {
-      const { image: { display, pixels }, layer, head, snapshot, query } = state;
-      const gates = state.gates.size ? changedGates() : null;
-      button.disabled = true;
-      const answer = await ask("export",
-        { animated: suffix === "gif", display, pixels, layer, head, snapshot, query, gates });
-      button.disabled = false;
-      if (answer) download(`convit-layer-${layer + 1}.${suffix}`, answer.file);
-    });
-  }
-  // trained gates of all snapshots, and those changed by hand, which apply to every snapshot
-  onClick(".save-csv", () => {
-    const { epochs, gate: snapshots } = state.model;
-    const rows = snapshots.flatMap((layers, snapshot) => layers.flatMap((gates, layer) =>
-      (gates ?? []).map((gate, head) =>
-        [epochs[snapshot], layer + 1, head + 1, gate, changedGate(layer, head)].join())));
-    const text = ["epoch,layer,head,gate,changed_gate", ...rows, ""].join("\n");
-    download("convit-gates.csv", URL.createObjectURL(new Blob([text], { type: "text/csv" })));
-  });
-}
+const download = (name, url) =>
+  Object.assign(document.createElement("a"), { download: name, href: url }).click();
+onClick("[data-export]", async ({ export: suffix }, { target: button }) => {
+  const { image: { display, pixels }, layer, head, snapshot, query } = state;
+  const gates = state.gates.size ? changedGates() : null;
+  button.disabled = true;
+  const answer = await ask("export",
+    { animated: suffix === "gif", display, pixels, layer, head, snapshot, query, gates });
+  button.disabled = false;
+  if (answer) download(`convit-layer-${layer + 1}.${suffix}`, answer.file);
+});
+// trained gates of all snapshots, and those changed by hand, which apply to every snapshot
+onClick(".save-csv", () => {
+  const { epochs, gate: snapshots } = state.model;
+  const rows = snapshots.flatMap((layers, snapshot) => layers.flatMap((gates, layer) =>
+    (gates ?? []).map((gate, head) =>
+      [epochs[snapshot], layer + 1, head + 1, gate, changedGate(layer, head)].join())));
+  const text = ["epoch,layer,head,gate,changed_gate", ...rows, ""].join("\n");
+  download("convit-gates.csv", URL.createObjectURL(new Blob([text], { type: "text/csv" })));
+});

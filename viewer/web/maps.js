@@ -36,6 +36,3 @@ export function massThreshold(map, fraction) {
   let held = 0;
   return map.toSorted().reverse().find((value) => (held += value) >= target) ?? 0;
 }
-
-// Flat maps must not look bright: the scale is at least four times uniform attention.
-export const scaleOf = (maximum, numPatches) => Math.max(maximum, 4 / numPatches);

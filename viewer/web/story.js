@@ -6,10 +6,8 @@ import { allHeads, attentionToTarget, changedGate, currentEpoch, currentExample,
   state } from "./state.js";
 
 const percent = (value) => `${(100 * value).toFixed(value > 0 && value < 0.095 ? 1 : 0)}%`;
-const accuracyAt = (epoch) => {
-  const { curves } = state.model;
-  return curves?.test_accuracy[curves.epochs.indexOf(epoch)];
-};
+const accuracyAt = (epoch) =>
+  state.model.curves?.test_accuracy[state.model.curves.epochs.indexOf(epoch)];
 
 // "head 7" or "heads 1, 7, and 9", from indices.
 const numbers = new Intl.ListFormat("en-US");
@@ -137,8 +135,7 @@ function caption() {
     : `${listHeads(left)} of ${layer} attend${left.length > 1 ? "" : "s"} more by content than by `
       + "position";
   if (state.snapshot === lastSnapshot() && !isGrowing()) {
-    const invitation = left.length
-      ? " What if they had to stay? Pin all to position." : "";
+    const invitation = left.length ? " What if they had to stay? Pin all to position." : "";
     return [departure(left, layer, place) ?? `After training, ${status}.`,
       `${reach()}${invitation}`];
   }
@@ -150,8 +147,7 @@ function caption() {
   }).join("; ") || `epoch ${epoch}: ${status}`;
   const [old, now] = [accuracyAt(before), accuracyAt(epoch)];
   const rise = now - old >= 1
-    ? ` Since epoch ${before}, accuracy rose from ${old.toFixed(0)} to ${now.toFixed(0)}%.`
-    : "";
+    ? ` Since epoch ${before}, accuracy rose from ${old.toFixed(0)} to ${now.toFixed(0)}%.` : "";
   return [`${events[0].toUpperCase()}${events.slice(1)}.`, `${reach()}${rise}`];
 }
 
@@ -160,8 +156,7 @@ function departure(left, layer, place) {
   const event = crossings(0).findLast(([, heads, fell]) => fell && heads.includes(state.head));
   if (!left.includes(state.head) || !event) return null;
   const others = left.filter((head) => head !== state.head);
-  const too = others.length
-    ? ` So did ${listHeads(others)} by epoch ${currentEpoch()}.` : "";
+  const too = others.length ? ` So did ${listHeads(others)} by epoch ${currentEpoch()}.` : "";
   return `Head ${state.head + 1} of ${layer} left its ${place} in epoch ${event[0]}, when its `
     + `gate (the share of position) fell below 0.5.${too}`;
 }

@@ -5,10 +5,9 @@ import { showTab } from "./view.js";
 
 const SEEN = { "convit-tour": "seen" };
 const steps = findAll("[data-step]");
-let current = null; // index of the step on display; null while the tour is closed
+let current = 0; // index of the step on display
 
 function show(index) {
-  const isMove = current !== null;
   current = index;
   steps.forEach((step, position) => {
     step.hidden = position !== index;
@@ -16,19 +15,18 @@ function show(index) {
   });
   render(".tour-count", `${index + 1} of ${steps.length}`);
   render(".tour-next", index === steps.length - 1 ? "Done" : "Next");
-  if (isMove) find(".tour-target").scrollIntoView({ block: "nearest" });
+  if (!find(".tour").hidden) find(".tour-target").scrollIntoView({ block: "nearest" });
 }
 
 export function openTour() {
   showTab("watch");
-  find(".tour").hidden = false;
   show(0);
+  find(".tour").hidden = false;
   find(".tour-next").focus({ preventScroll: true });
 }
 
 function close() {
   Object.assign(storage("localStorage", {}), SEEN);
-  current = null;
   find(".tour").hidden = true;
   find(".tour-target").classList.remove("tour-target");
   find(".open-tour").focus({ preventScroll: true });
@@ -44,5 +42,5 @@ export function bindTour() {
   const keys = { Escape: close, ArrowLeft: back, ArrowRight: next };
   on(".tour", "keydown", ({ key }) => keys[key]?.());
   // where storage is disabled, it must not open at every visit
-  if (!storage("localStorage", SEEN)["convit-tour"] && current === null) openTour();
+  if (!storage("localStorage", SEEN)["convit-tour"] && find(".tour").hidden) openTour();
 }

@@ -7,18 +7,15 @@ import { ask, draw, drawModel, navigate, showModel } from "./view.js";
 let pollTimer = null;
 let isAwaited = false; // a run started here is to be shown when it has finished its first epoch
 
-export function bindTraining() {
-  onClick(".train", async () => {
-    // the new run replaces the session's earlier one
-    if (isOwn()) await showModel(state.model.models[0].key);
-    isAwaited = true;
-    train("start");
-  });
-  onClick(".train-stop", () => train("stop"));
-  train("status");
-}
+onClick(".train", async () => {
+  // the new run replaces the session's earlier one
+  if (isOwn()) await showModel(state.model.models[0].key);
+  isAwaited = true;
+  train("start");
+});
+onClick(".train-stop", () => train("stop"));
 
-async function train(action) {
+export async function train(action) {
   const poll = (delay) => { pollTimer = setTimeout(() => train("status"), delay); };
   clearTimeout(pollTimer);
   const status = await ask("train", { model: SESSION, action }, action !== "status");

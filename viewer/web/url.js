@@ -11,22 +11,20 @@ export const urlOf = (hash) => new URLSearchParams(hash.slice(1));
 // "2,5" is row 2, column 5.
 const formatPatch = (patch) => placeOf(patch).map((index) => index + 1).reverse().join();
 
-// The parts of the view that a hash contains and that fit the model.
+// The view that a hash contains; what is missing or does not fit the model is as the model opens.
 export function parseView(hash) {
   const url = urlOf(hash);
-  const { epochs, examples } = state.model;
-  const snapshot = epochs.indexOf(Number(url.get("epoch")));
-  const view = {
-    layer: allLayers()[url.get("layer") - 1],
-    head: allHeads()[url.get("head") - 1],
-    snapshot: snapshot < 0 ? undefined : snapshot,
-    query: allPatches().find((patch) => formatPatch(patch) === url.get("patch")),
-    locked: url.has("locked") || undefined,
-    kind: KINDS.find((kind) => kind === url.get("map")),
-    example: examples.find(({ name }) => name === url.get("image"))?.name,
-    gates: url.has("gates") ? parseGates(url.get("gates")) : undefined,
+  const { epochs, examples, opening } = state.model;
+  return {
+    layer: allLayers()[url.get("layer") - 1] ?? opening.layer,
+    head: allHeads()[url.get("head") - 1] ?? opening.head,
+    snapshot: Math.max(epochs.indexOf(Number(url.get("epoch"))), 0),
+    query: allPatches().find((patch) => formatPatch(patch) === url.get("patch")) ?? null,
+    locked: url.has("locked"),
+    kind: KINDS.find((kind) => kind === url.get("map")) ?? state.kind,
+    example: examples.find(({ name }) => name === url.get("image"))?.name ?? opening.image,
+    gates: parseGates(url.get("gates") ?? ""),
   };
-  return Object.fromEntries(Object.entries(view).filter(([, value]) => value !== undefined));
 }
 
 // "2:1" is all heads of layer 2 at 1, "4.5:0.3" head 5 of layer 4 at 0.3.

@@ -3,11 +3,10 @@
 import { drawCurves } from "./curves.js";
 import { find, findAll, html, render } from "./dom.js";
 import { drawHeads, drawHeatmap, drawMaps, drawSelection, mapMarkup } from "./heads.js";
-import { drawHero } from "./hero.js";
 import { drawKernel } from "./kernel.js";
 import { allHeads, allLayers, attentionToTarget, centerPatch, changedGates, currentEpoch,
-  currentExample, gatedLayers, hasGates, headMaps, KINDS, lastSnapshot, placeOf, SESSION,
-  shownKind, state } from "./state.js";
+  currentExample, gatedLayers, hasGates, KINDS, lastSnapshot, SESSION, shownKind,
+  state } from "./state.js";
 import { drawCaption, drawPrediction, drawStory } from "./story.js";
 import { formatView, parseView, writeUrl } from "./url.js";
 
@@ -59,17 +58,15 @@ export async function navigate(changes) {
   draw();
 }
 
+const decode = (maps) => ({ ...maps, content: Uint8Array.fromBase64(maps.content) });
+
 async function loadMaps({ pixels }, layer) {
-  const answer = await ask("layer_maps", { pixels, layer });
-  return answer?.content.map((content, snapshot) => ({
-    content: Uint8Array.fromBase64(content), peaks: answer.peaks[snapshot],
-    distances: answer.distances[snapshot], predictions: answer.predictions[snapshot],
-  }));
+  return (await ask("layer_maps", { pixels, layer }))?.map(decode);
 }
 
 async function recompute({ pixels }, layer, snapshot) {
   const answer = await ask("recompute", { pixels, layer, snapshot, gates: changedGates() });
-  return answer && { ...answer, content: Uint8Array.fromBase64(answer.content) };
+  return answer && decode(answer);
 }
 
 // The query patch from which the head attends most to the example's target after training.
@@ -116,12 +113,8 @@ export async function showModel(key, hash) {
   if (state.maps) left.set(state.key, formatView());
   latest.view++; // pending requests and the maps belong to the previous model
   pending = {};
-  const { image: example, layer, head } = description.opening;
-  Object.assign(state, {
-    model: description, key: description.key, image: null, upload: null, maps: null,
-    recomputed: null, example, layer, head, snapshot: 0, query: null, locked: false,
-    gates: new Map(),
-  });
+  Object.assign(state, { model: description, key: description.key, image: null, upload: null,
+    maps: null, recomputed: null });
   Object.assign(state, parseView(hash ?? left.get(state.key) ?? ""));
   drawModel();
   showTab(state.tab);
@@ -139,7 +132,7 @@ export function draw() {
   render(".image-hint", state.locked ? "Locked; click this patch again to unlock it."
     : "Hover over the image to choose the query patch; click to lock it.");
   render(".mass-percent", `${Math.round(100 * find(".mass").value)}%`);
-  for (const part of [drawModel, drawHeads, drawHeatmap, drawQuery, drawPrediction, drawStory,
+  for (const part of [drawModel, drawHeads, drawHeatmap, drawMaps, drawPrediction, drawStory,
     drawCurves, drawKernel, drawSelection, writeUrl]) part();
 }
 
@@ -172,22 +165,10 @@ export function drawModel() {
   find(".layer").value = state.layer;
 }
 
-// What depends on the query patch. Runs on every mouse move: it must not cause a page layout.
-function drawQuery() {
-  if (!state.maps) return;
-  const place = placeOf(state.query).map((index) => `${100 * index}%`);
-  for (const node of findAll(".heads, .image")) {
-    node.style.setProperty("--query", `translate(${place})`);
-  }
-  const maps = allHeads().map((head) => headMaps(head, state.query));
-  drawMaps(maps);
-  drawHero(maps[state.head]);
-}
-
 export function moveQuery(query) {
   if (query === state.query || !state.maps) return;
   state.query = query;
-  drawQuery();
+  drawMaps();
   drawCaption();
   writeUrl();
 }
