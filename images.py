@@ -3,9 +3,7 @@
 import contextlib
 import io
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -15,25 +13,21 @@ from torch import Tensor
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel, for pixels in 0..1
 # formats that Pillow registers but cannot read by itself: they need another program or a plugin, or are write-only
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+EXTENSIONS = {extension for extension, name in Image.registered_extensions().items() if name not in NOT_DECODED}
+FORMATS = [name for name in Image.ID if name not in NOT_DECODED]
 MIN_SIZE = 720  # minimum shorter side of a decoded JPEG, in pixels: a photo of 4000 x 3000 is decoded at 1/4
 
 
-@cache
-def image_extensions() -> set[str]:
-    """The file extensions of the formats that Pillow decodes by itself, in lower case and with the dot."""
-    return {extension for extension, name in Image.registered_extensions().items() if name not in NOT_DECODED}
-
-
 @contextlib.contextmanager
-def open_image(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
-    """Open an image file. Raises ValueError if it cannot be opened or, in the body, decoded: the message says why."""
-    name = file if isinstance(file, str | Path) else "the file"
-    Image.init()  # registers all formats
+def open_image(file: str | Path | bytes) -> Iterator[Image.Image]:
+    """Open an image file, or the bytes of one. Raises ValueError, saying why, if it cannot be opened or decoded."""
+    name = "the file" if isinstance(file, bytes) else file
     try:
-        with Image.open(file, formats=[format for format in Image.ID if format not in NOT_DECODED]) as image:
+        data = file if isinstance(file, bytes) else Path(file).read_bytes()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             yield image
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} {_unidentified(file)}") from error
+        raise ValueError(f"{name} {_unidentified(data)}") from error
     except (Image.DecompressionBombError, MemoryError) as error:
         limit = f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels"
         raise ValueError(f"{name} is too large to decode (the limit is {limit})") from error
@@ -43,22 +37,19 @@ def open_image(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
         raise ValueError(f"{name} is truncated or damaged ({error})") from error
 
 
-def _unidentified(file: str | Path | BinaryIO) -> str:
+def _unidentified(data: bytes) -> str:
     """Why Pillow cannot identify a file, judging by its first bytes."""
-    with open(file, "rb") if isinstance(file, str | Path) else contextlib.nullcontext(file) as stream:
-        stream.seek(0)
-        start = stream.read(256)
-    if not start:
+    if not data:
         return "is empty"
-    prefix = start[:16].ljust(16, b"\0")
+    prefix = data[:16].ljust(16, b"\0")
     found = {name: result for name, (_, accept) in Image.OPEN.items() if accept and (result := accept(prefix))}
     is_missing = found.keys() & NOT_DECODED or str in map(type, found.values())  # a str: Pillow lacks the decoder
-    if is_missing or (not found and (prefix[4:8] == b"ftyp" or b"<svg" in start)):  # ftyp: HEIC
+    if is_missing or (not found and (prefix[4:8] == b"ftyp" or b"<svg" in data[:256])):  # ftyp: HEIC
         return "has an unsupported format: convert it to JPEG or PNG"
     return "has a damaged header or an unsupported variant of its format" if found else "is not an image"
 
 
-def load_image(file: str | Path | BinaryIO, min_size: int = MIN_SIZE) -> Image.Image:
+def load_image(file: str | Path | bytes, min_size: int = MIN_SIZE) -> Image.Image:
     """Decode an image file to 8-bit RGB; see `to_rgb`.
 
     A large JPEG is decoded at the smallest of its built-in scales (1/2, 1/4, 1/8) that leaves `min_size` pixels on
@@ -96,10 +87,8 @@ def load_crop(image, height: int, width: int, crop_pct: float) -> Tensor:
     `image` is a path, the bytes of a file, a PIL image, or a uint8 array (H W, or H W 3). Raises ValueError for
     anything else, and like `open_image`.
     """
-    if isinstance(image, str | Path):
+    if isinstance(image, str | Path | bytes):
         image = load_image(image, decode_size(height, width))
-    elif isinstance(image, bytes):
-        image = load_image(io.BytesIO(image), decode_size(height, width))
     elif isinstance(image, Image.Image):
         try:
             image = to_rgb(image)

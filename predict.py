@@ -55,9 +55,7 @@ def list_files(paths: list[Path]) -> list[Path]:
 
 def main():
     sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8, byte for byte
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="run folder, weights file, or name of a released model")
     parser.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
     parser.add_argument("--top", type=number(int, 1), default=3, help="number of classes to print (default: 3)")

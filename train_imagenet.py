@@ -51,9 +51,7 @@ class Config(RunConfig):
     warmup_epochs: float = 5.0
     weight_decay: float = 0.05
     ema_decay: float = 0.99996
-    rand_augment: int = flag(
-        9, "magnitude of RandAugment, two operations with p = 1/2 each (0: off)", choices=range(11)
-    )
+    rand_augment: int = flag(9, "RandAugment magnitude, two operations with p = 1/2 each (0: off)", choices=range(11))
     aug_repeats: int = flag(3, "repeated augmentation: times a sampled image appears per epoch", minimum=1)
     label_smoothing: float = 0.1
     mixup: float = 0.8

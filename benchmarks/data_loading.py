@@ -53,7 +53,7 @@ def main():
     try:
         files = [file for files in find_images(args.data_dir / "train").values() for file in files]
         files = files[:: max(1, len(files) // IMAGES)][:IMAGES]  # of all classes
-    except UserError as error:
+    except (UserError, OSError) as error:
         parser.error(str(error))
 
     header = provenance(torch.device("cpu")) | {"images": len(files), "size": SIZE}

@@ -513,6 +513,10 @@ def test_mismatched_and_damaged_checkpoints_are_refused(tree, reference_run, tmp
         fewer = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr_scale": 1}]
         changed_code.setattr(train_cifar, "param_groups", lambda *_: fewer)
         assert "last.pt does not match this model and data: " in refusal()
+    metrics = (reference_run / "metrics.jsonl").read_text()
+    (reference_run / "metrics.jsonl").write_text("<<<<<<< HEAD\n" + metrics)
+    assert "metrics.jsonl is damaged" in refusal()
+    (reference_run / "metrics.jsonl").write_text(metrics)
     assert (reference_run / "last.pt").read_bytes() == whole
 
     (reference_run / "last.pt").write_bytes(whole[: len(whole) // 2])
@@ -686,7 +690,9 @@ def test_train_imagenet_on_patterns(tmp_path, monkeypatch, run_script):
     status, output = run_script(train_imagenet, *flags)
     assert status == 0 and "40 training and 40 test images of 4 classes" in output
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 7]
-    assert read_metrics(tmp_path / "run")[1]["lr"] == pytest.approx(5e-4 * 8 / 512)  # a rate per 512 images
+    assert read_metrics(tmp_path / "run")[1]["lr"] == pytest.approx(
+        5e-4 * 8 / 512 / 10
+    )  # the end of a rate per 512 images
     weights = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     assert weights["model_config"]["img_size"] == 16 and weights["model"]["pos_embed"].shape[1] == 16
 

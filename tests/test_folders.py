@@ -491,7 +491,7 @@ def test_reasons_are_told_apart(photo, tmp_path, monkeypatch):
         assert reason(name, content).startswith("has an unsupported format: convert")
     assert reason("none.png") == "cannot be opened: No such file or directory"
     if os.getuid() == 0:  # root may read everything
-        monkeypatch.setattr("builtins.open", raise_permission_error)
+        monkeypatch.setattr(Path, "read_bytes", raise_permission_error)
     else:
         (tmp_path / "photo.png").chmod(0)
     assert reason("photo.png") == "cannot be opened: Permission denied"

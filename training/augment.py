@@ -21,14 +21,10 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
     """Random crop after zero-padding each side by `padding` pixels: b c H W -> b c H W."""
     if padding == 0:
         return images
-    b, c, height, width = images.shape
-    device = images.device
-    offset = torch.randint(0, 2 * padding + 1, (2, b, 1), device=device)
-    rows = (offset[0] + torch.arange(height, device=device))[:, None, :, None]
-    columns = (offset[1] + torch.arange(width, device=device))[:, None, None, :]
-    image = torch.arange(b, device=device)[:, None, None, None]
-    channel = torch.arange(c, device=device)[:, None, None]
-    return F.pad(images, [padding] * 4)[image, channel, rows, columns]
+    b, _, height, width = images.shape
+    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # b c top left H W, a view
+    top, left = torch.randint(0, 2 * padding + 1, (2, b), device=images.device)
+    return windows[torch.arange(b, device=images.device), :, top, left]
 
 
 def random_hflip(images: Tensor, enabled: bool = True) -> Tensor:

@@ -1,7 +1,6 @@
 """Files of a run folder, written so that a crash never leaves half a file."""
 
 import dataclasses
-import errno
 import json
 import os
 import platform
@@ -25,7 +24,7 @@ from training.distributed import UserError, world_size
 
 
 def write(file: Path, write_to: Callable[[BinaryIO], object]):
-    """Write a file atomically: whatever happens, it is either the old or the new one. Raises OSError."""
+    """Write a file atomically: whatever happens, it is either the old or the new one. Raises UserError."""
     new = file.with_suffix(".tmp")
     try:
         with open(new, "wb") as output:
@@ -35,8 +34,8 @@ def write(file: Path, write_to: Callable[[BinaryIO], object]):
         os.replace(new, file)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
         new.unlink(missing_ok=True)
-        code, reason = getattr(error, "errno", errno.ENOSPC), getattr(error, "strerror", None) or error
-        raise OSError(code, f"{file.name} cannot be saved: {reason}") from error
+        advice = f"free disk space or check permissions, then {rerun(file.parent)}"
+        raise UserError(f"{file} cannot be saved ({error}): {advice}") from error
 
 
 def rerun(run_dir: Path) -> str:

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from convit_min import MODELS, ConViT, ConViTConfig, create_model
 from training.distributed import UserError, print0, world_size
-from weights import list_names, load_weights
+from weights import load_weights
 
 machine_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CORES = max(1, machine_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # available to each process
@@ -70,14 +69,12 @@ class RunConfig:
     data_fraction: float = flag(1.0, "fraction of every class to train on, drawn with --seed", minimum=1e-6, maximum=1)
     scale_epochs: bool = flag(False, "multiply the epochs by 1 / --data-fraction: as many steps as on all data")
     val_fraction: float | None = flag(
-        None, "evaluate on this held-out fraction of the training set, not on the test set", minimum=1e-6, maximum=1
+        None, "hold out this fraction of the training set for evaluation", minimum=1e-6, maximum=1
     )
     skip_bad_images: bool = flag(False, "leave out unreadable images, with a note")
     # model
     model: str = flag(None, "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
-    weights: str | None = flag(
-        None, "initialize from a run, file, or released model; for other classes, the classifier starts untrained"
-    )
+    weights: str | None = flag(None, "initialize from a run, file, or released model; other classes: a new classifier")
     img_size: int | None = flag(None, "image size in pixels (default: the model's)", minimum=1)
     patch_size: int | None = flag(None, "patch size in pixels (default: the model's)", minimum=1)
     gpsa_layers: int | None = flag(None, "number of GPSA blocks (default: the model's)", minimum=0)
@@ -90,9 +87,7 @@ class RunConfig:
     drop_path: float = flag(0.0, "stochastic depth rate of the last block", minimum=0, maximum=1)
     # optimization
     epochs: int = flag(None, "number of epochs", minimum=1)
-    steps_per_epoch: int | None = flag(
-        None, "optimizer steps per epoch (default: one pass over the training set)", minimum=1
-    )
+    steps_per_epoch: int | None = flag(None, "optimizer steps per epoch (default: one pass over the images)", minimum=1)
     batch_size: int = flag(None, "global batch size, over all processes", minimum=1)
     grad_accum_steps: int = flag(1, "gradient accumulation: micro-batches per step", minimum=1)
     lr: float = flag(None, "peak learning rate", minimum=0)
@@ -110,9 +105,7 @@ class RunConfig:
     random_erasing: float = flag(None, "probability of random erasing", minimum=0, maximum=1)
     # execution
     seed: int = flag(0, "random seed of the weights, the data order, and augmentation")
-    amp: str = flag(
-        "off", "mixed precision; without a value: bf16", nargs="?", const="bf16", choices=["off", "bf16", "fp16"]
-    )
+    amp: str = flag("off", "mixed precision (alone: bf16)", nargs="?", const="bf16", choices=["off", "bf16", "fp16"])
     compile: bool = flag(False, "torch.compile the model")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
     # run folder
@@ -210,9 +203,12 @@ def parse_flags(config_class: type[RunConfig], description: str) -> RunConfig:
     if file:
         excluded = ["run", "resume", "eval", "device", "workers"]  # flags of one command or machine
         excluded += ["weights"] if args.eval else []  # those that the run started from
-        saved = _read_config(config_class, file)
-        parser.set_defaults(**{name: value for name, value in saved.items() if name not in excluded})
-    values = vars(parser.parse_args())
+        saved = as_flags({name: value for name, value in _read_config(file).items() if name not in excluded})
+        try:
+            args = parser.parse_args([*saved, *sys.argv[1:]])  # the last value of a flag counts
+        except UserError as error:
+            raise UserError(f"{file} is not of this script, or of an older version: {error}") from None
+    values = vars(args)
     del values["config"]
     return config_class(**values)
 
@@ -247,26 +243,14 @@ def as_flags(values: dict) -> list[str]:
     return flags
 
 
-def _read_config(config_class: type[RunConfig], file: str | Path) -> dict:
-    """The content of a config.json. Raises UserError if it is missing, or does not match the script."""
-    names = {field.name for field in dataclasses.fields(config_class)}
+def _read_config(file: str | Path) -> dict:
+    """The content of a config.json. Raises UserError if it is missing, or not one."""
     try:
-        values = dict(json.loads(Path(file).read_text()))
+        return dict(json.loads(Path(file).read_text()))
     except OSError as error:
-        message = f"no run to resume, repeat, or evaluate: {file} cannot be opened ({error.strerror})"
-        raise UserError(message) from error
+        raise UserError(f"no run to resume, repeat, or evaluate: {file} cannot be opened ({error.strerror})") from error
     except (ValueError, TypeError) as error:  # not JSON, or not a dictionary
         raise UserError(f"{file} is not a config.json of this script") from error
-    if unknown := values.keys() - names:
-        nearest = {_nearest(name, names) for name in unknown}
-        message = f"{file} has unknown keys: {list_names(unknown)} (did you mean {list_names(nearest)}?)"
-        raise UserError(f"{message}; if the other script or an older version wrote it, start a new run")
-    return values
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """The most similar known name."""
-    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -274,5 +258,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if unknown := re.match(r"unrecognized.*?(--[\w-]+)", message):
-            message += f"; did you mean {_nearest(unknown[1], self._option_string_actions)}?"
+            nearest = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0)
+            message += f"; did you mean {nearest[0]}?"
         raise UserError(message, status=2) from None  # as argparse

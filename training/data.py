@@ -66,10 +66,8 @@ class RunData:
             self.eval_names = range(len(self.test))
         self.classes, self.num_train, self.num_eval = self.train.classes, len(self.train), len(self.test)
         self.epoch_length = config.epoch_length(self.num_train)  # in images
-        is_test = not config.val_fraction
-        if is_test and self.is_folder:
-            is_test = find_split(config, "test", self.eval_splits).name == "test"
-        self.eval_split = "test" if is_test else "validation"
+        is_val = config.val_fraction or (self.is_folder and find_split(config, "test", self.eval_splits).name != "test")
+        self.eval_split = "validation" if is_val else "test"
 
         source = "patterns" if config.dataset == "patterns" else config.data_dir
         training = "" if config.eval else f"{self.num_train} training and "

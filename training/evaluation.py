@@ -98,12 +98,10 @@ def evaluate_weights(config, load_data: Callable):
     distributed.from_rank0(write_report, report, predictions, model.classes, folder, names)
 
 
-def write_report(
-    report: dict, predictions: Predictions, classes: list[str], folder: Path, names: Sequence | None = None
-):
+def write_report(report: dict, predictions: Predictions, classes: list[str], folder: Path, names: Sequence | None):
     """Write eval.json: the report, accuracy per class, and the confusion matrix; with names, eval.csv, a row per image.
 
-    `names` are those of the images. Raises OSError.
+    `names` are those of the images. Raises UserError or OSError.
     """
     k = len(classes)
     cells = (predictions.label * k + predictions.predicted).long()

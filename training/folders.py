@@ -5,7 +5,7 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
-from images import image_extensions
+from images import EXTENSIONS
 from training.distributed import UserError, print0
 from weights import list_names
 
@@ -19,7 +19,7 @@ def has_images(root: Path) -> bool:
 
     def is_class(folder: Path) -> bool:
         files = (file for depth in range(5) for file in folder.glob("*/" * depth + "*"))
-        return any(file.suffix.lower() in image_extensions() for file in files)
+        return any(file.suffix.lower() in EXTENSIONS for file in files)
 
     has_split = any(os.path.isdir(root / name) for name in SPLITS)
     return has_split or sum(is_class(folder) for folder in root.glob("*/") if not folder.name.startswith(HIDDEN)) >= 2
@@ -54,20 +54,17 @@ def find_split(config, split: str, eval_splits: tuple[str, ...]) -> Path:
 def find_images(folder: Path) -> dict[str, list[Path]]:
     """The image files of every class folder and its subfolders, both sorted by name.
 
-    A note says what was skipped. Class names are in Unicode normal form NFC. Raises UserError if a folder cannot
-    be read, or contains no images.
+    A note says what was skipped. Class names are in Unicode normal form NFC. Raises UserError if a folder contains no
+    images, and OSError if it cannot be read.
     """
     tree, skipped = defaultdict(list), defaultdict(list)
     real = Path(os.path.realpath(folder))
-    try:
-        for entry in _entries(folder):
-            if entry.is_dir():
-                name = unicodedata.normalize("NFC", entry.name)  # macOS has NFD
-                tree[name] += find_files(entry.path, {str(real), *map(str, real.parents)}, skipped)
-            else:
-                skipped["outside of class folders"].append(entry.path)
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    for entry in _entries(folder):
+        if entry.is_dir():
+            name = unicodedata.normalize("NFC", entry.name)  # macOS has NFD
+            tree[name] += find_files(entry.path, {str(real), *map(str, real.parents)}, skipped)
+        else:
+            skipped["outside of class folders"].append(entry.path)
     if skipped:
         relative = {reason: [os.path.relpath(path, folder) for path in paths] for reason, paths in skipped.items()}
         print0(f"note: skipped in {folder}: {list_skipped(relative)}")
@@ -89,13 +86,13 @@ def find_files(folder: str, visited: set[str], skipped: dict[str, list[str]]) ->
         skipped["links to folders that are already included"].append(folder)
         return []
     visited.add(real)
-    files, extensions = [], image_extensions()
+    files = []
     for entry in _entries(folder):
         if entry.is_symlink() and not os.path.exists(entry.path):
             skipped["broken links"].append(entry.path)
         elif entry.is_dir():
             files += find_files(entry.path, visited, skipped)
-        elif os.path.splitext(entry.name)[1].lower() in extensions:
+        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
             files.append(entry.path)
         else:
             skipped["of an unsupported type"].append(entry.path)

@@ -31,9 +31,7 @@ class ImageFolderDataset(Dataset):
     then those of the next readable file, or the label is -1 if there is none among the next MAX_SKIPPED.
     """
 
-    def __init__(
-        self, files: list[Path], labels: Tensor, size: int, rand_augment: int | None = None, crop_pct: float = 1.0
-    ):
+    def __init__(self, files: list, labels: Tensor, size: int, rand_augment: int | None = None, crop_pct: float = 1.0):
         """`rand_augment` is the magnitude of RandAugment (1..10; 0: off) in training; None: evaluate on `crop_pct`."""
         self.files = np.array([os.fsencode(file) for file in files])  # a single block, shared by forked workers
         self.labels, self.size, self.rand_augment, self.crop_pct = labels, size, rand_augment, crop_pct
@@ -53,11 +51,9 @@ class ImageFolderDataset(Dataset):
             index = position % len(self)
             torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a stack trace per accelerator
             try:
-                image = self.read(os.fsdecode(self.files[index]))
+                return self.read(os.fsdecode(self.files[index])), int(self.labels[index]), first, error
             except ValueError as reason:
                 error = error or str(reason)
-            else:
-                return image, int(self.labels[index]), first, error
         error = f"none of {attempts} files in a row can be read: {error}"
         return torch.empty(3, self.size, self.size, dtype=torch.uint8), -1, first, error
 
@@ -128,15 +124,9 @@ def load_data(config, device: torch.device, crop_pct: float | None = None) -> Ru
 
 
 def random_resized_crop(file: str | Path, size: int) -> Image.Image:
-    """A random crop of an image, 8 to 100% of its area, aspect ratio 3:4 to 4:3, resized to size x size."""
-    image, box = decode_crop(file, size)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    """A random crop of an image, 8 to 100% of its area, aspect ratio 3:4 to 4:3, resized to size x size.
 
-
-def decode_crop(file: str | Path, size: int) -> tuple[Image.Image, tuple[float, float, float, float]]:
-    """An image in RGB and the box in it for `random_resized_crop`.
-
-    A JPEG is decoded at the smallest of its built-in scales that leaves `size` pixels in the box.
+    A JPEG is decoded at the smallest of its built-in scales that leaves `size` pixels in the crop.
     """
     from torchvision.transforms import RandomResizedCrop  # slow to import
 
@@ -152,7 +142,8 @@ def decode_crop(file: str | Path, size: int) -> tuple[Image.Image, tuple[float, 
         full_width, full_height = image.size
         image.draft("RGB", (math.ceil(full_width * size / width), math.ceil(full_height * size / height)))
         x, y = image.width / full_width, image.height / full_height
-        return image.convert("RGB"), (left * x, top * y, (left + width) * x, (top + height) * y)
+        box = left * x, top * y, (left + width) * x, (top + height) * y
+        return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def _defer_signals(_):

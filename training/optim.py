@@ -29,14 +29,10 @@ def param_groups(model: nn.Module, weight_decay: float, gate_lr_scale: float = 1
     """
     matrices, others, gates = [], [], []
     for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        if name.endswith("gating_param"):
-            gates.append(param)
-        elif param.ndim < 2 or name.endswith(("pos_embed", "cls_token")):
-            others.append(param)
-        else:
-            matrices.append(param)
+        if param.requires_grad:
+            is_matrix = param.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
+            group = gates if name.endswith("gating_param") else matrices if is_matrix else others
+            group.append(param)
     return [
         {"params": matrices, "weight_decay": weight_decay, "lr_scale": 1.0},
         {"params": others, "weight_decay": 0.0, "lr_scale": 1.0},

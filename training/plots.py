@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure, FigureBase
 
 
 def plot_run(metrics: list[dict], run_dir: Path, uniform_non_locality: float, eval_split: str = "test"):
@@ -30,7 +30,7 @@ def plot_curves(metrics: list[dict], eval_split: str = "test") -> Figure:
     return figure
 
 
-def plot_gates(metrics: list[dict], figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
+def plot_gates(metrics: list[dict], figure: FigureBase | None = None) -> FigureBase:
     """The gate of every head over epochs, one panel per GPSA layer, the mean in black (Fig. 6 of the paper)."""
     epochs, gate = [record["epoch"] for record in metrics], _stack(metrics, "gate")
     layers = [layer for layer in range(gate.shape[1]) if np.isfinite(gate[:, layer]).all()]
@@ -46,9 +46,7 @@ def plot_gates(metrics: list[dict], figure: Figure | SubFigure | None = None) ->
     return figure
 
 
-def plot_non_locality(
-    metrics: list[dict], uniform: float, figure: Figure | SubFigure | None = None
-) -> Figure | SubFigure:
+def plot_non_locality(metrics: list[dict], uniform: float, figure: FigureBase | None = None) -> FigureBase:
     """Mean attention distance of every layer over epochs, and that of uniform attention (Fig. 5 of the paper)."""
     epochs, distance = [record["epoch"] for record in metrics], _stack(metrics, "non_locality").mean(axis=2)
     figure = figure or Figure(figsize=(6, 3.6), layout="constrained")

@@ -5,14 +5,13 @@ The training loop calls epochs(), steps(), after_step(), and end_epoch(). A run 
 
 import contextlib
 import dataclasses
-import errno
 import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -43,13 +42,13 @@ class Run:
         self.train_state = {"epoch": 0, "step_in_epoch": 0, "loss_sum": 0.0}
         self.train_state |= {"num_train": data.num_train, "num_eval": data.num_eval}
         self.started = self.saved_at = time.monotonic()
-        self.best_accuracy, self.last_plot, self.events = -1.0, -math.inf, None
+        self.last_plot, self.events = -math.inf, None
         self.provenance = []  # on rank 0, one entry per start
         with contextlib.ExitStack() as self.resources:  # closed here if starting or resuming fails
-            resumed = self._on_rank0(self._acquire_dir, distributed.was_restarted())
+            resumed = distributed.from_rank0(self._acquire_dir, distributed.was_restarted())
             records = self._resume() if resumed else []
             if self.train_state["epoch"] <= config.total_epochs:
-                self._on_rank0(self._write_start, records)
+                distributed.from_rank0(self._write_start, records)
             self.resources = self.resources.pop_all()
 
     @property
@@ -117,7 +116,7 @@ class Run:
 
         if action or is_last:
             self.train_state |= {"step_in_epoch": step_in_epoch, "loss_sum": loss_sum}
-            self._on_rank0(self._save)
+            distributed.from_rank0(self._save)
             self.saved_at = time.monotonic()
         if action == STOP:
             status = 128 + (self.signals[0] if self.signals else signal.SIGTERM)  # as usual after a signal
@@ -137,41 +136,47 @@ class Run:
             self.metrics |= {"train_loss": mean_loss, "lr": self.components["optimizer"].param_groups[0]["lr"]}
         head_metrics = {name: checkpoint.to_json_list(value) for name, value in heads._asdict().items()}
         metrics = self.metrics | metrics | {"heads": head_metrics}
-        is_trained = self._is_trained(epoch)
-        is_best = is_trained and accuracy >= self.best_accuracy
-        self.best_accuracy = accuracy if is_best else self.best_accuracy
         self.train_state |= {"epoch": epoch + 1, "step_in_epoch": 0, "loss_sum": 0.0}
-        self._on_rank0(self._write_epoch, metrics, heads, is_best)
+        best_accuracy = distributed.from_rank0(self._write_epoch, metrics)
         gate = "" if heads.gate.isnan().all() else f"  mean gate {heads.gate.nanmean():.2f}"
-        best = f" (best {self.best_accuracy:.2f}%)" if is_trained else ""
+        best = "" if best_accuracy is None else f" (best {best_accuracy:.2f}%)"
         split = self.data.eval_split
         print0(f"epoch {epoch:3}  {split} accuracy {accuracy:.2f}%{best}  loss {metrics['test_loss']:.3f}{gate}")
 
-    def _write_epoch(self, metrics: dict, heads: HeadStatistics, is_best: bool):
+    def _write_epoch(self, metrics: dict) -> float | None:
+        """Return the best accuracy so far; None if only a random initialization was evaluated."""
         epoch, model = metrics["epoch"], self.components["ema"].module
         metadata = self.data.classes, self.data.crop_pct
-        if is_best:
+        history = [*read_metrics(self.dir), metrics]
+        trained = [record["test_accuracy"] for record in history if record["epoch"] > 0 or self.config.weights]
+        best_accuracy = max(trained, default=None)
+        if metrics["test_accuracy"] == best_accuracy:
             checkpoint.save_weights(model, *metadata, epoch, self.dir / "best.pt")
         if epoch in checkpoint.snapshot_epochs(self.config.total_epochs):
             file = self.dir / "snapshots" / f"epoch_{epoch:04d}.pt"
             checkpoint.save_weights(model, *metadata, epoch, file, half=True)
-        if "images_per_second" in metrics:
-            speed = {"wall_clock_s": time.monotonic() - self.started, "images_per_second": metrics["images_per_second"]}
-            self.provenance[-1] |= {name: round(value) for name, value in speed.items()}
-            checkpoint.write_json(self.dir / "provenance.json", self.provenance)
-        self._plot(metrics, is_final=epoch == self.config.total_epochs)
+        self.provenance[-1]["wall_clock_s"] = round(time.monotonic() - self.started)
+        checkpoint.write_json(self.dir / "provenance.json", self.provenance)
+        self._plot(history, is_final=epoch == self.config.total_epochs)
         if self.events:
-            write_events(self.events, metrics, heads)
-        with open(self.dir / "metrics.jsonl", "a") as file:  # last: its record marks the epoch as finished
-            file.write(json.dumps(metrics) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            for name, value in metrics.items():
+                if isinstance(value, float):
+                    self.events.add_scalar(name, value, epoch)
+            for layer, gates in enumerate(metrics["heads"]["gate"], 1):
+                if None not in gates:
+                    self.events.add_scalar(f"mean gate/layer {layer}", sum(gates) / len(gates), epoch)
+            self.events.flush()
+        self._write_metrics(history)  # last: its record marks the epoch as finished
+        return best_accuracy
 
     def _write_start(self, records: list[dict]):
         """Write the config, the provenance, and the records of the epochs that are kept."""
         self.provenance.append(checkpoint.provenance(self.device) | {"job": distributed.job_id()})
         checkpoint.write_json(self.dir / "provenance.json", self.provenance)
         checkpoint.write_json(self.dir / "config.json", dataclasses.asdict(self.config))
+        self._write_metrics(records)
+
+    def _write_metrics(self, records: list[dict]):
         checkpoint.write_text(self.dir / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
     def _acquire_dir(self, restarted: bool) -> bool:
@@ -220,16 +225,13 @@ class Run:
                 if record[name]:  # a scaler has no state without fp16
                     component.load_state_dict(record[name])
             self._check_images(state)
+            records = distributed.from_rank0(read_metrics, self.dir)
         except (RuntimeError, ValueError, KeyError) as error:  # changed code, or a run of an older version
             raise UserError(f"{file} does not match this model and data: {error}") from error
-        records = distributed.from_rank0(read_metrics, self.dir)
         if state["step_in_epoch"] == self.steps_per_epoch and any(r["epoch"] == state["epoch"] for r in records):
             state |= {"epoch": state["epoch"] + 1, "step_in_epoch": 0, "loss_sum": 0.0}  # it was evaluated, too
         self.train_state = state
-        records = [record for record in records if record["epoch"] < state["epoch"]]
-        accuracies = [record["test_accuracy"] for record in records if self._is_trained(record["epoch"])]
-        self.best_accuracy = max(accuracies, default=-1.0)
-        return records
+        return [record for record in records if record["epoch"] < state["epoch"]]
 
     def _check_images(self, state: dict):
         """Keep the length of the run's epochs, and compare the numbers of images with those at its start."""
@@ -245,10 +247,6 @@ class Run:
             raise UserError(f"{change}: {advice}")
         print0(f"note: {change}; the run continues, but is no longer exactly reproducible")
 
-    def _is_trained(self, epoch: int) -> bool:
-        """Whether the model of an epoch may become best.pt: not a random initialization."""
-        return epoch > 0 or self.config.weights is not None
-
     def _save(self):
         """Write last.pt: all components, the flags, and the training state."""
         record = {name: component.state_dict() for name, component in self.components.items()}
@@ -256,30 +254,13 @@ class Run:
         record |= checkpoint.model_metadata(self.components["model"], self.data.classes, self.data.crop_pct)
         checkpoint.write(self.dir / "last.pt", partial(torch.save, record))
 
-    def _plot(self, metrics: dict, is_final: bool):
+    def _plot(self, history: list[dict], is_final: bool):
         if is_final or time.monotonic() - self.last_plot > PLOT_INTERVAL:
             from training.plots import plot_run  # slow to import
 
             grid = self.components["model"].config.grid
-            history = [*read_metrics(self.dir), metrics]
             plot_run(history, self.dir, uniform_non_locality(grid), self.data.eval_split)
             self.last_plot = time.monotonic()
-
-    def _on_rank0(self, function: Callable, *args):
-        """Call a function on rank 0 and return its result on all ranks.
-
-        All of them raise its UserError, or one for an OSError, such as a full disk or a missing permission.
-        """
-
-        def call():
-            try:
-                return function(*args)
-            except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                advice = f"free disk space, then {checkpoint.rerun(self.dir)}" if full else "check its permissions"
-                raise UserError(f"{self.dir} cannot be written ({error}): {advice}") from error
-
-        return distributed.from_rank0(call)
 
 
 @contextlib.contextmanager
@@ -300,14 +281,3 @@ def deferred_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def write_events(writer, metrics: dict, heads: HeadStatistics):
-    """Write the metrics of an epoch as TensorBoard events."""
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            writer.add_scalar(name, value, metrics["epoch"])
-    for layer, gates in enumerate(heads.gate, 1):
-        if not gates.isnan().any():
-            writer.add_scalar(f"mean gate/layer {layer}", gates.mean(), metrics["epoch"])
-    writer.flush()

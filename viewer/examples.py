@@ -44,14 +44,14 @@ def load_examples(
     own = sorted(run_dir.glob("images/*.jpg")) if run_dir else []  # named after their classes
     photos = {name: Path(get_image(file)) for name, file in PHOTOS.items()}
     files = {file.stem: file for file in own} | photos
-    with contextlib.suppress(UserError, RuntimeError):  # where the dataset is missing or damaged, photos remain
+    with contextlib.suppress(UserError, OSError, RuntimeError):  # where the dataset is damaged, photos remain
         if dataset in CIFAR and not own:
             test = cifar_class(dataset)(config["data_dir"], train=False)
             names = test.classes[:MAX_EXAMPLES]
             images = [Image.fromarray(test.data[test.targets.index(label)]) for label in range(len(names))]
             return {name: Example(encode_image(image, "PNG"), name) for name, image in zip(names, images, strict=True)}
         if dataset in ("folder", "imagenet") and not own:
-            data_class = StreamedData if dataset == "imagenet" else RunData  # of the script that has this dataset
+            data_class = StreamedData if "aug_repeats" in config else RunData  # a flag of train_imagenet.py alone
             split = find_split(SimpleNamespace(**config), "test", data_class.eval_splits)
             files = {name: paths[0] for name, paths in find_images(split).items()}
     examples = {}

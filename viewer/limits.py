@@ -22,7 +22,7 @@ def load_upload(data: bytes, min_size: int) -> Image.Image:
     if len(data) > MAX_UPLOAD_MB * 2**20:
         raise ValueError(f"This file is larger than {MAX_UPLOAD_MB} MB; please choose a smaller image.")
     try:
-        with open_image(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             file_format, megapixels = image.format, image.width * image.height / 1e6
         if file_format not in FORMATS:
             raise ValueError("the file has an unsupported format: convert it to JPEG or PNG")
@@ -30,7 +30,7 @@ def load_upload(data: bytes, min_size: int) -> Image.Image:
         if megapixels > limit:
             raise ValueError(f"the file has more than {limit} megapixels, the limit for {file_format}")
         with decoding:
-            return load_image(io.BytesIO(data), min_size)
+            return load_image(data, min_size)
     except ValueError as error:
         raise ValueError(f"{str(error).replace('the file', 'This file', 1)}; please choose another image.") from None
 
