@@ -6,7 +6,10 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: tests run side by side
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("no_proxy", "127.0.0.1,127.0.0.2,localhost")
 
+import multiprocessing
+import random
 import re
 import shutil
 import socket
@@ -47,6 +50,11 @@ sys.addaudithook(log)
 """
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+# a process that has imported what is slow, but has no threads: its children start within milliseconds
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["experiments.reproduce", "train_imagenet", "predict", "benchmarks.model", "pytest",
+                                   "torch.distributed.run", "torch._dynamo"])  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -115,15 +123,21 @@ def tree(tmp_path_factory) -> Path:
     return root
 
 
+def free_port() -> int:
+    """Below the ports that systems give to other connections, which could take it before it is used."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
 @contextlib.contextmanager
 def serving(folder: Path, *flags, space: bool = False):
     """Run app.py in another folder and yield its URL; on exit, check that it made no outbound connection.
 
     With `space`, host and port come from the environment variables of a Hugging Face Space.
     """
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
+    port = free_port()
     connections = folder / "connections.txt"
     (folder / "sitecustomize.py").write_text(AUDIT_HOOK)
     env = os.environ | {"PYTHONPATH": str(folder), "CONNECTIONS_FILE": str(connections), "TMPDIR": str(folder),

@@ -2,13 +2,12 @@
 
 import json
 import sys
-from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, perturb
+from conftest import CONFIG, forkserver, perturb
 from PIL import Image
 
 pytest.importorskip("timm", reason="pip install -r requirements-dev.txt")
@@ -58,7 +57,10 @@ def test_timing_is_interleaved(monkeypatch):
 
 
 def test_quick_run_writes_a_row_per_variant(tmp_path, monkeypatch):
-    get_context("forkserver").set_forkserver_preload([model.__name__])  # imported once, not once per variant
+    process = forkserver.Process(target=int)  # started before `compare` changes the environment
+    process.start()
+    process.join()
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # so that it is removed again
     names = ["ours", "ours, gpsa_layers=0"]
     monkeypatch.setattr(model, "VARIANTS", {name: model.VARIANTS[name] for name in names})  # the others take longer
     monkeypatch.setattr(model, "BASELINE", names[1])

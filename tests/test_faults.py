@@ -11,7 +11,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ import pytest
 import torch
 import torch.distributed.run
 import torch.nn.functional as F
-from conftest import ROOT, train_quickly
+from conftest import ROOT, forkserver, free_port, train_quickly
 from PIL import Image
 
 import train_cifar
@@ -44,11 +43,6 @@ from weights import open_model
 pytestmark = pytest.mark.usefixtures("small_model", "no_plots")
 QUICK = ["--epochs", "6", "--batch-size", "4", "--drop-path", "0.2", "--mixup", "0.8", "--save-every", "3"]
 QUICK += ["--device", "cpu"]  # forked processes cannot use CUDA
-
-# a process that has imported everything but has no threads: its children start within milliseconds
-server = multiprocessing.get_context("forkserver")
-imported = ["train_cifar", "train_imagenet", "pytest", "torch.distributed.run"]
-server.set_forkserver_preload([*imported, "torch._dynamo"])  # an optimizer imports the last, in three seconds
 
 
 def redirect_output(log: Path):
@@ -83,7 +77,7 @@ class Script:
         prepare: Callable = train_quickly,
     ):
         self.log = log
-        self.process = server.Process(target=run_in_child, args=(name, list(flags), log, file_limit, prepare))
+        self.process = forkserver.Process(target=run_in_child, args=(name, list(flags), log, file_limit, prepare))
         self.process.start()
 
     def wait(self) -> tuple[int, str]:
@@ -594,16 +588,10 @@ def two_machines(folder: Path, *flags) -> list[multiprocessing.Process]:
     script.write_text(DYING_WORKER)
     command = ["--nproc-per-node=1", "--nnodes=2", "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
     command += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--", *map(str, [script, *flags])]
-    agents = [server.Process(target=torchrun, args=(folder / "agents.log", command)) for _ in range(2)]
+    agents = [forkserver.Process(target=torchrun, args=(folder / "agents.log", command)) for _ in range(2)]
     for agent in agents:
         agent.start()
     return agents
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_two_machines_survive_a_killed_worker_and_match_one_process(tree, tmp_path):

@@ -399,6 +399,10 @@ def test_attention_rollout(workspace):
 
 def test_notebook_prints_what_it_shows(tmp_path):
     """With a training of two steps; what follows from the training, or from the decoder of photos, is not compared."""
+
+    def stable(text: str) -> str:
+        return re.sub(r", distance [\d.]+", "", text)  # of attention maps of a photo
+
     cells = json.loads((ROOT / "docs/tour.ipynb").read_text())["cells"]
     cells = [("".join(cell["source"]), cell["outputs"]) for cell in cells if cell["cell_type"] == "code"]
     code, count = re.subn(r'"epochs": \d+, "steps_per_epoch": \d+', '"epochs": 1, "steps_per_epoch": 2',
@@ -408,23 +412,14 @@ def test_notebook_prints_what_it_shows(tmp_path):
     assert process.returncode == 0 and count == 1, process.stderr
     shown = ["".join(outputs[0]["text"]) for source, outputs in cells if outputs and "text" in outputs[0]
              and not re.search(r"train\(|open_model\(run\)|predict\(", source)]  # fmt: skip
-    assert len(shown) == 3 and all(text in process.stdout for text in shown)
+    assert len(shown) == 3 and all(stable(text) in stable(process.stdout) for text in shown)
     assert all(f"gates {gate}: accuracy" in process.stdout for gate in ("trained", 1, 0))
 
 
-def test_python_client(workspace, tmp_path_factory, monkeypatch):
+def test_hugging_face_space_and_python_client(workspace, tmp_path_factory, monkeypatch):
+    """The front matter in docs/viewer.md is valid, matches requirements.txt, and the app starts as in a Space."""
     import gradio_client
 
-    client = gradio_client.Client
-    with serving(tmp_path_factory.mktemp("server")) as url:
-        monkeypatch.setattr(gradio_client, "Client", lambda _: client(url, verbose=False))
-        heads = run_block("client of a running viewer")["heads"]
-    assert len(heads) == 9 and 0 < heads[4]["gate"] < 1
-    assert len(heads[4]["mixed"]) == 8 and sum(map(sum, heads[4]["mixed"])) == pytest.approx(1, abs=1e-5)
-
-
-def test_hugging_face_space(tmp_path):
-    """The front matter in docs/viewer.md is valid, matches requirements.txt, and the app starts as in a Space."""
     hub = pytest.importorskip("huggingface_hub", reason="comes with gradio")
     from packaging.requirements import Requirement
 
@@ -434,6 +429,11 @@ def test_hugging_face_space(tmp_path):
     gradio = Requirement(next(line for line in requirements if line.startswith("gradio")))
     assert card.sdk == "gradio" and gradio.specifier.contains(card.sdk_version)
     assert (ROOT / card.app_file).exists() and card.license == "mit"
-    with serving(tmp_path, space=True) as url:
-        other_address = url.replace("127.0.0.1", "127.0.0.2")  # it listens on all addresses
-        assert b"ConViT" in urllib.request.urlopen(other_address).read()
+    client = gradio_client.Client
+    with serving(tmp_path_factory.mktemp("server"), space=True) as url:
+        if sys.platform == "linux":  # it listens on all addresses; macOS has only one
+            assert b"ConViT" in urllib.request.urlopen(url.replace("127.0.0.1", "127.0.0.2")).read()
+        monkeypatch.setattr(gradio_client, "Client", lambda _: client(url, verbose=False))
+        heads = run_block("client of a running viewer")["heads"]
+    assert len(heads) == 9 and 0 < heads[4]["gate"] < 1
+    assert len(heads[4]["mixed"]) == 8 and sum(map(sum, heads[4]["mixed"])) == pytest.approx(1, abs=1e-5)

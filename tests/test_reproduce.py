@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT, perturb
+from conftest import DEMO, ROOT, forkserver, perturb
 from PIL import Image
 
 from convit_min import GPSA, ConViT, ConViTConfig
@@ -33,9 +33,6 @@ from training.data import InMemoryData
 from training.distributed import UserError
 from weights import open_model
 
-# Its processes have imported everything that is slow: they start in milliseconds. test_faults.py shares the server.
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["experiments.reproduce", "train_imagenet", "predict", "pytest"])
 RUNS = {str(seed): ["--epochs", "3", "--seed", str(seed)] for seed in range(6)}
 
 # Stands in for train_cifar.py where only the sweep is tested. An epoch takes 0.05 s.
@@ -60,7 +57,7 @@ if flags["seed"] == "-1":
 first = json.loads((run / "last.pt").read_text()) if resume else 0
 rows = (run / "metrics.jsonl").read_text().splitlines()[:first] if resume else []
 for epoch in range(first, int(flags["epochs"]) + 1):
-    time.sleep(0.05)
+    time.sleep(9 if (flags["seed"], epoch, resume) == ("1", 1, False) else 0.05)  # where a test kills it
     row = {"epoch": epoch, "test_accuracy": epoch + float(flags["seed"]), "heads": {}}
     rows.append(json.dumps(row))
     (run / "metrics.jsonl").write_text("\\n".join(rows) + "\\n")
@@ -90,7 +87,7 @@ def train_runs(folder: Path, code: Path, plan: Plan):
 
 
 def start_sweep(folder: Path, code: Path, plan: Plan) -> multiprocessing.Process:
-    process = server.Process(target=train_runs, args=(folder, code, plan))
+    process = forkserver.Process(target=train_runs, args=(folder, code, plan))
     process.start()
     return process
 
@@ -154,7 +151,7 @@ def test_append_is_atomic(tmp_path):
     file = tmp_path / "runs.jsonl"
     file.write_text('{"name": "first"}\n{"name": "cut off by a cr')
     assert list(read_runs(file)) == ["first"]
-    processes = [server.Process(target=append_runs, args=(file, prefix)) for prefix in "ab"]
+    processes = [forkserver.Process(target=append_runs, args=(file, prefix)) for prefix in "ab"]
     with open(file) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for process in processes:

@@ -11,7 +11,7 @@ from pathlib import PosixPath
 
 import pytest
 import torch
-from conftest import CONFIG, perturb
+from conftest import CONFIG, free_port, perturb
 
 from convit_min import ConViT, ConViTConfig, create_model, resize_pos_embed
 from images import normalize
@@ -264,7 +264,8 @@ class Malicious:
 
 
 @pytest.mark.filterwarnings("ignore")  # the files are meant to be odd
-def test_bad_files_give_one_sentence_and_execute_nothing(tmp_path):
+def test_bad_files_give_one_sentence_and_execute_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     model = ConViT(CONFIG)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(FileNotFoundError, match="no file"):
@@ -304,6 +305,6 @@ def test_bad_files_give_one_sentence_and_execute_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither best\.pt nor snapshots/"):
         load_weights(model, tmp_path)
     with pytest.raises(ValueError, match=r"cannot be downloaded \(.*refused.*\): pass a local file"):
-        load_weights(model, "http://127.0.0.1:9/weights.pth")  # nobody listens there
+        load_weights(model, f"http://127.0.0.1:{free_port()}/weights.pth")  # nobody listens there
     assert not (tmp_path / "ran").exists()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
