@@ -149,6 +149,12 @@ def test_query_follows_hover_click_lock_and_arrow_keys(page):
     page.locator(".image").click(position=patch(page, 3, 4))  # a second click unlocks
     page.locator(".image").hover(position=patch(page, 0, 0))
     assert query(page) == 0
+    page.locator(".image").press("Enter")
+    page.locator(".image").hover(position=patch(page, 7, 7))
+    assert query(page) == 0  # locked
+    page.locator(".image").press("Enter")
+    page.locator(".image").hover(position=patch(page, 7, 6))
+    assert query(page) == 62
 
 
 def test_play_step_and_reset_change_gates_and_maps(page):

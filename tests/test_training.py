@@ -204,7 +204,8 @@ def test_fine_tuned_run_is_evaluated_with_its_own_weights(tree, tmp_path, run_sc
     """Not with those that it started from, which are a flag in its config.json."""
     first, second = (["--data-dir", tree, "--run", tmp_path / name, *QUICK] for name in ("first", "second"))
     run_script(train_cifar, *first)
-    run_script(train_cifar, *second, "--weights", tmp_path / "first", "--lr", "0.01", "--epochs", "4")
+    flags = ["--weights", tmp_path / "first", "--lr", "0.01", "--epochs", "4", "--drop-path", "0.5"]  # off in --eval
+    run_script(train_cifar, *second, *flags)
     output = run_script(train_cifar, "--run", tmp_path / "second", "--eval")[1]
     best = max(read_metrics(tmp_path / "second"), key=lambda record: (record["test_accuracy"], record["epoch"]))
     assert f"second/best.pt: test_loss {best['test_loss']:.3f}, test_accuracy {best['test_accuracy']:.3f}" in output

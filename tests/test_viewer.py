@@ -17,6 +17,7 @@ from conftest import DEMO
 from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
+from analysis import read_metrics
 from convit_min import ConViT, ConViTConfig, create_model
 from images import load_image, normalize
 from training.checkpoint import save_weights
@@ -305,6 +306,17 @@ def test_gif_has_one_distinct_frame_per_snapshot(inspector, photo):
 
 def raise_no_space(*_, **__):
     raise OSError(28, "No space left on device")
+
+
+def test_exported_view_has_the_accuracy_and_gates_of_its_epoch(inspector, photo, monkeypatch):
+    figures = []
+    monkeypatch.setattr("viewer.export.Figure", lambda **size: figures.append(Figure(**size)) or figures[0])
+    view = inspector.prepare_image(photo) | {"layer": 3, "head": 4, "query": 0, "gates": None, "snapshot": 2}
+    export_view(inspector, view, animated=False)
+    accuracy = read_metrics(DEMO)[3]["test_accuracy"]
+    assert figures[0].get_suptitle() == f"epoch 3: accuracy {accuracy:.0f}%"
+    expected = [model.blocks[3].attn.gate()[4].item() for model in inspector.models]
+    np.testing.assert_allclose(figures[0].axes[-1].lines[4].get_ydata(), expected)
 
 
 def test_training_queue_is_fair_and_drops_absent_sessions(tmp_path, monkeypatch):
