@@ -44,7 +44,7 @@ class ConViTConfig:  # raises ValueError for invalid settings
     num_classes: int = 1000  # 0: return features
     dim: int = 192
     depth: int = 12
-    num_heads: int = 4  # and taps of the initial kernel: 4 gives 2 x 2, 9 gives 3 x 3, 6 gives 2 x 3, 7 gives 1 x 7
+    num_heads: int = 4  # also taps of the initial kernel: 4 gives 2 x 2, 9 gives 3 x 3, 6 gives 2 x 3, 7 gives 1 x 7
     gpsa_layers: int = 10  # the first gpsa_layers blocks use GPSA, the rest self-attention; 0 gives a plain ViT
     mlp_ratio: float = 4.0
     qkv_bias: bool = False  # True in DeiT
@@ -276,7 +276,7 @@ class ConViT(nn.Module):
         x = self.patch_embed(images)
         grid = x.shape[-2:]
         pos_embed = resize_pos_embed(self.pos_embed, self.config.grid, grid)
-        x = rearrange(x, "b c Y X -> b (Y X) c").contiguous() + pos_embed  # contiguous: else, every block would copy x
+        x = rearrange(x, "b c Y X -> b (Y X) c").contiguous() + pos_embed  # contiguous, or every block would copy x
         attention = []
         for index, block in enumerate(self.blocks):
             if index == self.config.gpsa_blocks.stop and self.cls_token is not None:

@@ -20,8 +20,13 @@ from training.plots import plot_gates, plot_non_locality
 from weights import open_model, snapshot_files
 
 
-def load_run(run: Path, dataset: str | None, data_dir: str) -> tuple[list[ConViT], InMemoryData]:
-    """The models of a run's first and last snapshot, and evaluation images. Raises UserError if the classes differ."""
+def load_run(
+    run: Path, dataset: str | None, data_dir: str, needs_gates: bool = False
+) -> tuple[list[ConViT], InMemoryData]:
+    """The models of a run's first and last snapshot, and evaluation images.
+
+    Raises UserError if their classes differ, or if there are no gates but they are needed.
+    """
     files = snapshot_files(run)
     if not files:
         raise UserError(f"{run} has no snapshots; pass a run folder of train_cifar.py as --run")
@@ -29,6 +34,8 @@ def load_run(run: Path, dataset: str | None, data_dir: str) -> tuple[list[ConViT
         first, last = open_model(files[0]), open_model(files[-1])
     except ValueError as error:
         raise UserError(str(error)) from error
+    if needs_gates and last.config.gpsa_layers == 0:
+        raise UserError(f"{run} is a plain ViT: it has no gates")
     config = Config(dataset=dataset, data_dir=data_dir, img_size=last.config.img_size, batch_size=256, eval=True)
     config.model = run.name  # only to be printed
     data = InMemoryData(config, torch.device(config.device), last.crop_pct)
@@ -39,10 +46,8 @@ def load_run(run: Path, dataset: str | None, data_dir: str) -> tuple[list[ConViT
 @torch.no_grad()
 def write_gates(run: Path, dataset: str | None, data_dir: str, out: Path):
     """Write gates and non-locality of a run over training, with attention maps of its first and last snapshot."""
-    snapshots, data = load_run(run, dataset, data_dir)
+    snapshots, data = load_run(run, dataset, data_dir, needs_gates=True)
     config, metrics = snapshots[-1].config, read_metrics(run)
-    if config.gpsa_layers == 0:
-        raise UserError(f"{run} is a plain ViT: it has no gates")
     (height, width), maps = config.grid, {}
     for model in snapshots:
         attention = model(data.sample_images.cpu(), return_attention=True)[1][: config.gpsa_layers]

@@ -274,7 +274,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def provenance_summary(runs: Sequence[dict]) -> dict:
-    """The running command, and the distinct machines and versions of some runs, or without runs of this process."""
+    """The running command, and the distinct machines and versions of some runs or, without runs, of this process."""
     keys = ("device", "cpu", "machine", "python", "torch", "torchvision")
     current = provenance(torch.device(Config.device))
     entries = [entry for run in runs for entry in run["provenance"]] or [current]

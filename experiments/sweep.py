@@ -18,7 +18,7 @@ from training.distributed import Stopped, UserError, abort
 
 CODE = Path(__file__).parent.parent
 RESUME_HINT = "rerun the same command to resume"
-Plan = dict[str, list[str]]  # name: flags of train_cifar.py, without --run and --resume; none: it waits for others
+Plan = dict[str, list[str]]  # name: flags of train_cifar.py, without --run and --resume; none: it waits for other runs
 
 
 def read_run(folder: Path) -> dict:

@@ -236,6 +236,7 @@ def test_finished_runs_have_the_flags_of_the_plan(monkeypatch):
     records = read_runs(ROOT / "results/evidence/runs.jsonl")
     done = {name: flags for name, flags in grid.make_plan(records).items() if name in records}
     assert len(done) == len(records) > 6
+    assert f"\n{len(records)} of " in (ROOT / "results/evidence/README.md").read_text()  # else, write the report again
     elsewhere = {"run", "data_dir", "dataset", "device", "workers", "resume"}  # where it was trained, or inferred
     for name, flags in done.items():
         config, record = vars(parse(flags, monkeypatch)), records[name]["config"]
@@ -483,7 +484,8 @@ def test_user_errors_are_one_sentence(tree, tmp_path, run_script, monkeypatch):
     assert "typo has no snapshots; pass a run folder" in error("gates", "--run", "typo")
     assert "the evaluation images have classes that" in error("masking", "--run", DEMO)
     plain = save_run(ConViT(dataclasses.replace(TINY, gpsa_layers=0)), tmp_path / "plain")
-    assert "plain is a plain ViT: it has no gates" in error("gates", "--run", plain)
+    not_loaded = ["--dataset", "cifar100"]
+    assert "plain is a plain ViT: it has no gates" in error("gates", "--run", plain, *not_loaded)
     assert "has no runs.jsonl with finished runs" in error("compare", tree)
     assert "typo is not a run folder of train_cifar.py" in error("compare", ROOT / "results/tuning", "typo")
     monkeypatch.setitem(sys.modules, "scipy", None)

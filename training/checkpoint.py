@@ -1,5 +1,6 @@
 """Files of a run folder, written so that a crash never leaves half a file."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -33,8 +34,9 @@ def write(file: Path, write_to: Callable[[BinaryIO], object]):
             os.fsync(output.fileno())
         os.replace(new, file)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-        new.unlink(missing_ok=True)
-        advice = f"free disk space or check permissions, then {rerun(file.parent)}"
+        with contextlib.suppress(OSError):
+            new.unlink()
+        advice = "free disk space or check permissions, then rerun (training: with --resume)"
         raise UserError(f"{file} cannot be saved ({error}): {advice}") from error
 
 

@@ -74,7 +74,7 @@ class RunConfig:
     skip_bad_images: bool = flag(False, "leave out unreadable images, with a note")
     # model
     model: str = flag(None, "a name in convit_min.MODELS", choices=MODELS, metavar="NAME")
-    weights: str | None = flag(None, "initialize from a run, file, or released model; other classes: a new classifier")
+    weights: str | None = flag(None, "initialize from a run, file, or released model; new classifier if classes differ")
     img_size: int | None = flag(None, "image size in pixels (default: the model's)", minimum=1)
     patch_size: int | None = flag(None, "patch size in pixels (default: the model's)", minimum=1)
     gpsa_layers: int | None = flag(None, "number of GPSA blocks (default: the model's)", minimum=0)
@@ -207,7 +207,8 @@ def parse_flags(config_class: type[RunConfig], description: str) -> RunConfig:
         try:
             args = parser.parse_args([*saved, *sys.argv[1:]])  # the last value of a flag counts
         except UserError as error:
-            raise UserError(f"{file} is not of this script, or of an older version: {error}") from None
+            reason = "if the other script or an older version wrote it, start a new run"
+            raise UserError(f"{file} does not fit this script ({error}); {reason}") from None
     values = vars(args)
     del values["config"]
     return config_class(**values)

@@ -103,13 +103,15 @@ def cleanup():
 
 
 def from_rank0(function: Callable, *args):
-    """Call a function on rank 0 only and return its result on all ranks; all of them raise its UserError or OSError."""
+    """Call a function on rank 0 only and return its result on all ranks; all raise its UserError, also for OSError."""
     result = [None, None]
     if rank() == 0:
         try:
             result[0] = function(*args)
-        except (UserError, OSError) as error:
+        except UserError as error:
             result[1] = str(error)
+        except OSError as error:
+            result[1] = f"{error}: check permissions and free disk space"
     if dist.is_initialized():
         dist.broadcast_object_list(result)
     if result[1] is not None:

@@ -49,7 +49,7 @@ class ImageFolderDataset(Dataset):
         error, attempts = "", min(len(self), MAX_SKIPPED)
         for position in range(first, first + attempts):
             index = position % len(self)
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a stack trace per accelerator
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed also captures stack traces
             try:
                 return self.read(os.fsdecode(self.files[index])), int(self.labels[index]), first, error
             except ValueError as reason:
@@ -98,7 +98,7 @@ class StreamedData(RunData):
         """
         config, batches = self.config, list(batches)
         options = {"num_workers": min(config.workers, len(batches)), "pin_memory": self.device.type == "cuda"}
-        if options["num_workers"] and sys.platform == "linux":  # Python 3.14 would import everything in every worker
+        if options["num_workers"] and sys.platform == "linux":  # workers of Python 3.14 would import everything
             options["multiprocessing_context"] = "fork"
         loader = DataLoader(dataset, batch_sampler=batches, worker_init_fn=_defer_signals, **options)
         for *tensors, errors in loader:

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 def learning_rate(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
     """Learning rate of step 0 .. total_steps - 1: linear warm-up, then half cosine.
 
-    As in DeiT, they start at 1e-6 and end at 1e-5, except that peaks below 1e-4 end at a tenth.
+    Starts at 1e-6 and ends at 1e-5, as in DeiT; a peak below 1e-4 ends at a tenth of itself.
     """
     start_lr, end_lr = min(1e-6, peak_lr), min(1e-5, peak_lr / 10)
     # 1. warm up from start_lr; the first step after it has peak_lr

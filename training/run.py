@@ -100,9 +100,9 @@ class Run:
         if action or is_last or step_in_epoch % 50 == 0:  # rarely: it synchronizes with the GPU
             loss_sum = distributed.all_reduce_mean(self.loss_sum).item()
             if not math.isfinite(loss_sum):
-                file, advice = self.dir / "last.pt", "rerun with a lower --lr (no checkpoint was saved)"
-                if file.exists():
-                    advice = f"rerun with --resume and a lower --lr ({file} predates the divergence)"
+                advice = "rerun with a lower --lr (no checkpoint was saved)"
+                if (self.dir / "last.pt").exists():
+                    advice = "rerun with --resume and a lower --lr or, if the loss diverges again, with another --run"
                 raise UserError(f"the loss is no longer finite at step {step + 1}, learning rate {lr:.2g}: {advice}")
             self.progress.set_postfix(loss=f"{loss_sum / step_in_epoch:.3f}")
 
@@ -191,7 +191,7 @@ class Run:
             resumed = resumed or (restarted and distributed.job_id() in [entry["job"] for entry in self.provenance])
             if not resumed:
                 raise UserError(f"{self.dir} already contains a run: add --resume to continue, or choose another --run")
-        elif (self.dir / "metrics.jsonl").exists() and any(record["epoch"] > 0 for record in read_metrics(self.dir)):
+        elif (self.dir / "metrics.jsonl").exists() and any(record["epoch"] > 0 for record in self._read_metrics()):
             raise UserError(f"{self.dir} contains a run without its last.pt: choose another --run")
         try:
             import fcntl
@@ -225,13 +225,19 @@ class Run:
                 if record[name]:  # a scaler has no state without fp16
                     component.load_state_dict(record[name])
             self._check_images(state)
-            records = distributed.from_rank0(read_metrics, self.dir)
         except (RuntimeError, ValueError, KeyError) as error:  # changed code, or a run of an older version
             raise UserError(f"{file} does not match this model and data: {error}") from error
+        records = distributed.from_rank0(self._read_metrics)
         if state["step_in_epoch"] == self.steps_per_epoch and any(r["epoch"] == state["epoch"] for r in records):
             state |= {"epoch": state["epoch"] + 1, "step_in_epoch": 0, "loss_sum": 0.0}  # it was evaluated, too
         self.train_state = state
         return [record for record in records if record["epoch"] < state["epoch"]]
+
+    def _read_metrics(self) -> list[dict]:
+        try:
+            return read_metrics(self.dir)
+        except ValueError as error:  # such as a merge conflict
+            raise UserError(f"{error}: restore the file, or choose another --run") from error
 
     def _check_images(self, state: dict):
         """Keep the length of the run's epochs, and compare the numbers of images with those at its start."""

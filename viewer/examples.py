@@ -44,7 +44,7 @@ def load_examples(
     own = sorted(run_dir.glob("images/*.jpg")) if run_dir else []  # named after their classes
     photos = {name: Path(get_image(file)) for name, file in PHOTOS.items()}
     files = {file.stem: file for file in own} | photos
-    with contextlib.suppress(UserError, OSError, RuntimeError):  # where the dataset is damaged, photos remain
+    with contextlib.suppress(UserError, OSError, RuntimeError):  # if the dataset is missing or damaged, photos remain
         if dataset in CIFAR and not own:
             test = cifar_class(dataset)(config["data_dir"], train=False)
             names = test.classes[:MAX_EXAMPLES]

@@ -56,7 +56,7 @@ def publish(models: dict[str, AttentionInspector], folder: Path):
             file.write_bytes(gzip.compress(json.dumps(answer).encode(), compresslevel=6, mtime=0))
 
 
-def image_answers(inspector: AttentionInspector, name: str, data: bytes) -> dict[str, dict]:
+def image_answers(inspector: AttentionInspector, name: str, data: bytes) -> dict[str, dict | list]:
     """What the server answers to requests for an image, by the names that web/static.js loads."""
     image, last, config = inspector.prepare_image(data), len(inspector.models) - 1, inspector.config
     answers = {name: image | {"pixels": name}}  # with which the page asks for its maps

@@ -30,7 +30,7 @@ class TrainingQueue:
         self.run_dirs: dict[str, Path] = {}  # the run of every session that has trained, the latest start last
         self.process: subprocess.Popen | None = None  # of the first session in the queue
         self.earlier_run: Path | None = None  # of that session, until the new one has finished an epoch
-        self.failed: set[str] = set()  # sessions whose last run has crashed
+        self.failed: set[str] = set()  # sessions whose last run has crashed, or could not start
         self.started = 0.0
         self.lock = RLock()
 

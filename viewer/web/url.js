@@ -11,7 +11,7 @@ export const urlOf = (hash) => new URLSearchParams(hash.slice(1));
 // "2,5" is row 2, column 5.
 const formatPatch = (patch) => placeOf(patch).map((index) => index + 1).reverse().join();
 
-// The view that a hash contains; what is missing or does not fit the model is as the model opens.
+// The view that a hash contains; what is missing or does not fit the model is as the model opens; the kind of map stays as it is.
 export function parseView(hash) {
   const url = urlOf(hash);
   const { epochs, examples, opening } = state.model;
