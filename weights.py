@@ -44,7 +44,9 @@ def open_model(source: str | Path) -> ConViT:
     weights = read_weights(str(source))
     name, config = (Path(source).stem, weights.config) if weights.config else infer_model(weights.state)
     if config is None:
-        raise ValueError(f"{source} has no classifier, or does not match any model in convit_min.MODELS")
+        missing = [name for name in (PATCH_EMBED, "pos_embed", "head.weight") if name not in weights.state]
+        reason = f"has no {missing[0]}" if missing else "does not match any model in convit_min.MODELS"
+        raise ValueError(f"{source} {reason}: build its model with create_model(...), and call load_weights")
     if config.in_chans not in (1, 3):
         raise ValueError(f"{source} is for images of {config.in_chans} channels: only grayscale and RGB can be opened")
     if config.in_chans == 1:  # images are RGB: open an equivalent model of the mean of their channels
@@ -53,8 +55,6 @@ def open_model(source: str | Path) -> ConViT:
     model = ConViT(config).eval()
     _load(model, weights, str(source))
     model.name, model.epoch, model.has_class_names = name, weights.epoch, bool(weights.classes)
-    model.classes = weights.classes or class_names(config.num_classes)
-    model.crop_pct = weights.crop_pct or default_crop_pct(*config.image_shape)
     return model
 
 
@@ -63,7 +63,8 @@ def load_weights(model: ConViT, source: str | Path, new: Collection[str] = (), c
 
     pos_embed is resized for a different image size. If the number of classes differs, or their names from `classes`,
     the classifier is not loaded, and a warning says so. Parameters named in `new`, as in ("relative_bias",), may be
-    missing from the file, and then keep their initial values.
+    missing from the file, and then keep their initial values. `model.classes` and `model.crop_pct` are set as by
+    `open_model`.
 
     Raises FileNotFoundError if there is no such file, and ValueError if it is damaged, is not a PyTorch checkpoint, or
     does not match the model. The model is then unchanged. No code in the file is executed.
@@ -193,6 +194,11 @@ def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = (
     model.load_state_dict(state)
     if is_new_head and num_classes[1]:  # else, the model has no classifier
         warnings.warn(f"{source} has other classes, or no classifier; the model keeps its own classifier", stacklevel=3)
+    elif classes and not weights.classes:
+        warnings.warn(f"{source} has no class names; its classifier is kept, with classes in this order", stacklevel=3)
+    known = list(classes) or ([] if is_new_head else weights.classes)
+    model.classes = known or class_names(model.config.num_classes)
+    model.crop_pct = weights.crop_pct or default_crop_pct(*model.config.image_shape)
 
 
 def _adapt_pos_embed(state: dict[str, Tensor], grid: Grid | None, model: ConViT):

@@ -70,6 +70,17 @@ def test_report_agrees_with_a_loop_over_single_images(tree, weights, tmp_path, o
     assert f"test_accuracy {report['test_accuracy']:.3f}" in output and report["provenance"]["command"]
 
 
+def test_run_is_evaluated_on_other_images(tree, tmp_path, output_of, small_model, no_plots):
+    """The flags of its own split do not apply to them."""
+    output_of(train_cifar, "--data-dir", tree, "--val-fraction", "0.25", "--epochs", "1", "--batch-size", "72")
+    assert "24 validation images" in output_of(train_cifar, "--eval", "--csv")
+    assert (tmp_path / "run" / "eval.csv").exists()
+    shutil.copytree(tree / "test", tmp_path / "other" / "val")
+    assert "16 validation images" in output_of(train_cifar, "--eval", "--data-dir", tmp_path / "other")
+    assert not (tmp_path / "run" / "eval.csv").exists()  # it was that of the other images
+    assert "16 validation images" in output_of(train_cifar, "--eval", "--data-dir", tmp_path / "other" / "val")
+
+
 def test_class_names_must_match_the_weights(tree, weights, tmp_path, output_of):
     for split in ("train", "test"):
         shutil.copytree(tree / split, tmp_path / "images" / split)
@@ -83,7 +94,8 @@ def test_class_names_must_match_the_weights(tree, weights, tmp_path, output_of):
     assert not (tmp_path / "run").exists()
     for count, words in ((2, "test_accuracy"), (3, "has 3 classes, but the images have 2: fine-tune it first")):
         torch.save(create_model("convit_cifar_nano", num_classes=count).state_dict(), weights)  # without names
-        assert words in output_of(train_cifar, "--data-dir", tree, "--eval", "--weights", weights)
+        output = output_of(train_cifar, "--data-dir", tree, "--eval", "--weights", weights)
+        assert words in output and ("no class names: classes are matched by order" in output) == (count == 2)
 
 
 @pytest.mark.usefixtures("small_model", "no_plots")

@@ -193,7 +193,7 @@ def test_signal_loses_no_step(tree, reference_run, tmp_path, number, count, prep
 def test_finished_run_is_left_alone(tree, reference_run, tmp_path, run_script):
     before = (reference_run / "last.pt").read_bytes()
     status, output = run_script(train_cifar, "--run", reference_run, "--resume")
-    assert status == 0 and "has finished its 6 epochs" in output
+    assert status == 0 and "has finished 6 epochs" in output
     grown = shutil.copytree(tree, tmp_path / "grown")
     shutil.copy(grown / "train/red/0.png", grown / "train/red/new.png")
     status, output = run_script(train_cifar, "--run", reference_run, "--resume", "--data-dir", grown)
@@ -319,7 +319,7 @@ def test_train_raises_and_can_be_called_again(train, tmp_path, monkeypatch):
     first, second = (json.loads((tmp_path / run / "provenance.json").read_text()) for run in ("run", "other"))
     assert second[0]["wall_clock_s"] <= time.monotonic() - begun + 1 and second[0]["started"] >= first[1]["started"]
     status, output = Script(tmp_path / "log", "--run", tmp_path / "run", "--resume").wait()
-    assert status == 0 and "has finished its 2 epochs" in output  # no lock was left
+    assert status == 0 and "has finished 2 epochs" in output  # no lock was left
 
 
 def test_recipe_equals_a_plain_loop(train, tree, tmp_path):
@@ -426,7 +426,7 @@ def test_run_older_than_a_flag_is_resumed(train, tmp_path):
 
 
 def test_train_does_not_evaluate(train):
-    with pytest.raises(UserError, match=r"^train\(\) does not evaluate: call evaluate_weights, as main\(\) does$"):
+    with pytest.raises(UserError, match=r"does not evaluate: call training\.evaluation\.evaluate_weights, as main"):
         train(eval=True)
 
 

@@ -12,9 +12,10 @@ from pathlib import PosixPath
 import pytest
 import torch
 from conftest import CONFIG, free_port, perturb
+from PIL import Image
 
 from convit_min import ConViT, ConViTConfig, create_model, resize_pos_embed
-from images import normalize
+from images import normalize, preprocess
 from predict import predict
 from training.checkpoint import save_weights
 from weights import load_weights, open_model
@@ -243,6 +244,25 @@ def test_new_parameters_keep_their_initial_values(tmp_path):
         load_weights(extended, tmp_path / "weights.pt", new=new)
         assert (extended.blocks[0].attn.relative_bias == 7).all()
         assert torch.equal(extended.blocks[0].attn.v.weight, trained.blocks[0].attn.v.weight)
+
+
+def test_any_model_predicts_once_its_weights_are_loaded(tmp_path):
+    """Also one that open_model cannot recognize, and says so."""
+    trained = perturb(create_model("convit_cifar_nano", patch_size=8))
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    torch.save({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "resnet.pt")
+    for name, reason in (("weights", "does not match any model"), ("resnet", "has no patch_embed.proj.weight")):
+        with pytest.raises(ValueError, match=rf"{name}\.pt {reason}.*: build its model with create_model"):
+            open_model(tmp_path / f"{name}.pt")
+    model, image = create_model("convit_cifar_nano", patch_size=8).eval(), Image.new("RGB", (40, 30), "red")
+    load_weights(model, tmp_path / "weights.pt")
+    (name, p), *_ = predict(model, image)
+    with torch.no_grad():
+        probabilities = trained(preprocess(model, image)).softmax(dim=1)[0]
+    assert name == f"class {probabilities.argmax()}" and p == pytest.approx(probabilities.max().item())
+    with pytest.warns(UserWarning, match="has no class names; its classifier is kept"):
+        load_weights(model, tmp_path / "weights.pt", classes=list("abcdefghij"))
+    assert predict(model, image)[0][0] == "abcdefghij"[probabilities.argmax()]
 
 
 def test_an_error_names_five_keys_and_counts_the_rest(tmp_path):

@@ -138,7 +138,7 @@ class RunConfig:
     def check(self, num_train: int):
         """Raise UserError for training flags that contradict each other, the data, or the machine."""
         if self.eval:  # in Python; the scripts do not train then
-            raise UserError("train() does not evaluate: call evaluate_weights, as main() does")
+            raise UserError("train() does not evaluate: call training.evaluation.evaluate_weights, as main() does")
         if self.csv:
             raise UserError("--csv needs --eval")
         if self.tensorboard and not find_spec("tensorboard"):
@@ -201,9 +201,12 @@ def parse_flags(config_class: type[RunConfig], description: str) -> RunConfig:
     use_saved_config = args.resume or (args.eval and not args.weights)
     file = args.config or (Path(args.run) / "config.json" if use_saved_config else None)
     if file:
+        values = _read_config(file)
         excluded = ["run", "resume", "eval", "device", "workers"]  # flags of one command or machine
         excluded += ["weights"] if args.eval else []  # those that the run started from
-        saved = as_flags({name: value for name, value in _read_config(file).items() if name not in excluded})
+        if args.eval and args.data_dir not in (config_class.data_dir, values.get("data_dir")):  # other images
+            excluded += ["dataset", "val_fraction"]
+        saved = as_flags({name: value for name, value in values.items() if name not in excluded})
         try:
             args = parser.parse_args([*saved, *sys.argv[1:]])  # the last value of a flag counts
         except UserError as error:

@@ -112,6 +112,7 @@ def write_report(report: dict, predictions: Predictions, classes: list[str], fol
     }
     report |= {"classes": per_class, "confusion": confusion.tolist()}
     checkpoint.write_text(folder / "eval.json", json.dumps(report) + "\n")
+    (folder / "eval.csv").unlink(missing_ok=True)  # of an earlier evaluation
     if names is not None:
         with open(folder / "eval.csv", "w", newline="", errors="surrogateescape") as file:
             rows = csv.writer(file)
@@ -132,4 +133,5 @@ def match_classes(model: ConViT, classes: list[str], source: str) -> Tensor:
     if len(classes) != len(model.classes):
         counts = f"{source} has {len(model.classes)} classes, but the images have {len(classes)}"
         raise UserError(f"{counts}: fine-tune it first, with --weights and without --eval")
+    print0(f"note: {source} has no class names: classes are matched by order")
     return torch.arange(len(classes))

@@ -43,7 +43,7 @@ def find_split(config, split: str, eval_splits: tuple[str, ...]) -> Path:
     others = [file.name for file in root.iterdir() if file.is_dir() and file.name not in SPLITS]
     if split_like := [name for name in others if name.lower() in SPLIT_LIKE]:
         raise UserError(f"rename {list_names(split_like)} in {root}: splits are named {', '.join(SPLITS)}")
-    if not found and config.val_fraction:
+    if not found and (config.val_fraction or (config.eval and split == "test")):
         return root
     content = ", ".join(f"{name}/" for name in found) or "class folders"
     advice = "" if found and split == "train" else "; to evaluate on a part of each class, add --val-fraction 0.1"

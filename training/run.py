@@ -68,7 +68,7 @@ class Run:
         next_epoch, total_epochs = self.train_state["epoch"], self.config.total_epochs
         with self.resources, deferred_signals() as self.signals:
             if next_epoch > total_epochs:
-                print0(f"{self.dir} has finished its {total_epochs} epochs; pass a larger --epochs to continue")
+                print0(f"{self.dir} has finished {next_epoch - 1} epochs; pass a larger --epochs to continue")
             elif self.config.tensorboard and rank() == 0:
                 from torch.utils.tensorboard import SummaryWriter  # an optional dependency
 
@@ -277,9 +277,10 @@ def deferred_signals() -> Iterator[list[int]]:
     def handle(number: int, _):
         received.append(number)
         if distributed.local_rank() == 0:
-            print("\nstopping after this step", file=sys.stderr, flush=True)
+            again = "" if "RANK" in os.environ else "; a second signal stops at once, without saving"
+            print(f"\nstopping after this step{again}", file=sys.stderr, flush=True)
         if "RANK" not in os.environ:  # torchrun may deliver the same signal twice
-            signal.signal(number, previous[number])  # a second signal terminates at once
+            signal.signal(number, previous[number])
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
