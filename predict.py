@@ -83,18 +83,18 @@ def main():
             print(f"predict.py: {error}", file=sys.stderr)
             status = 1
             continue
-        if args.attention:
-            try:
-                plot_attention(model, file, args.layer).savefig(args.attention, dpi=120)
-            except (ValueError, OSError) as error:
-                sys.exit(f"predict.py: {error}")
-            args.attention = None  # only the first
         if args.json:
             print(json.dumps({"file": str(file), "classes": predictions}))
         elif args.csv:
             rows.writerow([file, *(value for name, p in predictions for value in (name, f"{p:.4f}"))])
         else:
             print(f"{file}: {', '.join(f'{name} {p:.1%}' for name, p in predictions)}")
+        if args.attention:
+            try:
+                plot_attention(model, file, args.layer).savefig(args.attention, dpi=120)
+            except (ValueError, OSError) as error:
+                sys.exit(f"predict.py: {error}")
+            args.attention = None  # only the first
     sys.exit(status)
 
 
