@@ -83,10 +83,10 @@ def patch_distances(grid: tuple[int, int]) -> Tensor:
 def plot_attention(model: ConViT, image, layer: int, head: int | None = None, query: tuple[int, int] | None = None):
     """Plot the position, content, and mixed maps of the heads of a layer, from one query patch.
 
-    `model` comes from `weights.open_model`; `image` is anything that `predict` takes. Layers and heads count from 1;
-    by default, all heads are plotted. `query` is (row, column) from 0, by default the center. Each map is scaled to
-    its maximum, but at least to four times uniform attention. Returns a matplotlib Figure. Raises ValueError for an
-    unreadable image, or a layer, head, or query that is out of range.
+    `model` comes from `weights.open_model` or has weights from `load_weights`; `image` is anything that `predict`
+    takes. Layers and heads count from 1; by default, all heads are plotted. `query` is (row, column) from 0, by default
+    the center. Each map is scaled to its maximum, but at least to four times uniform attention. Returns a matplotlib
+    Figure. Raises ValueError for an unreadable image, or a layer, head, or query that is out of range.
     """
     # here, since statistics do not need it; from pyplot, since notebooks display figures only after its import
     from matplotlib.pyplot import Figure, Rectangle

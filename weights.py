@@ -46,7 +46,9 @@ def open_model(source: str | Path) -> ConViT:
     if config is None:
         missing = [name for name in (PATCH_EMBED, "pos_embed", "head.weight") if name not in weights.state]
         reason = f"has no {missing[0]}" if missing else "does not match any model in convit_min.MODELS"
-        raise ValueError(f"{source} {reason}: build its model with create_model(...), and call load_weights")
+        is_vit = missing in ([], ["head.weight"])
+        advice = "build its model with create_model(...), and call load_weights" if is_vit else "it is no ConViT or ViT"
+        raise ValueError(f"{source} {reason}: {advice}")
     if config.in_chans not in (1, 3):
         raise ValueError(f"{source} is for images of {config.in_chans} channels: only grayscale and RGB can be opened")
     if config.in_chans == 1:  # images are RGB: open an equivalent model of the mean of their channels
@@ -195,7 +197,7 @@ def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = (
     if is_new_head and num_classes[1]:  # else, the model has no classifier
         warnings.warn(f"{source} has other classes, or no classifier; the model keeps its own classifier", stacklevel=3)
     elif classes and not weights.classes:
-        warnings.warn(f"{source} has no class names; its classifier is kept, with classes in this order", stacklevel=3)
+        warnings.warn(f"{source} has no class names; its classifier is kept, and classes match by order", stacklevel=3)
     known = list(classes) or ([] if is_new_head else weights.classes)
     model.classes = known or class_names(model.config.num_classes)
     model.crop_pct = weights.crop_pct or default_crop_pct(*model.config.image_shape)

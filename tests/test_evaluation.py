@@ -73,12 +73,15 @@ def test_report_agrees_with_a_loop_over_single_images(tree, weights, tmp_path, o
 def test_run_is_evaluated_on_other_images(tree, tmp_path, output_of, small_model, no_plots):
     """The flags of its own split do not apply to them."""
     output_of(train_cifar, "--data-dir", tree, "--val-fraction", "0.25", "--epochs", "1", "--batch-size", "72")
-    assert "24 validation images" in output_of(train_cifar, "--eval", "--csv")
+    for data_dir in ([], ["--data-dir", f"{tree}/"]):  # the same, by another name
+        assert "24 validation images" in output_of(train_cifar, "--eval", "--csv", *data_dir)
     assert (tmp_path / "run" / "eval.csv").exists()
     shutil.copytree(tree / "test", tmp_path / "other" / "val")
-    assert "16 validation images" in output_of(train_cifar, "--eval", "--data-dir", tmp_path / "other")
+    output = output_of(train_cifar, "--eval", "--data-dir", tmp_path / "other")
+    assert "16 validation images" in output and "its --val-fraction does not apply" in output
     assert not (tmp_path / "run" / "eval.csv").exists()  # it was that of the other images
-    assert "16 validation images" in output_of(train_cifar, "--eval", "--data-dir", tmp_path / "other" / "val")
+    output = output_of(train_cifar, "--eval", "--data-dir", tmp_path / "other" / "val")
+    assert "16 validation images" in output and "has no splits: all its images are evaluated" in output
 
 
 def test_class_names_must_match_the_weights(tree, weights, tmp_path, output_of):

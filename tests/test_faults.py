@@ -510,6 +510,8 @@ def test_mismatched_and_damaged_checkpoints_are_refused(tree, reference_run, tmp
     metrics = (reference_run / "metrics.jsonl").read_text()
     (reference_run / "metrics.jsonl").write_text("<<<<<<< HEAD\n" + metrics)
     assert "metrics.jsonl is damaged" in (message := refusal()) and "last.pt" not in message
+    (reference_run / "metrics.jsonl").unlink()
+    assert "metrics.jsonl': restore the file" in refusal()
     (reference_run / "metrics.jsonl").write_text(metrics)
     assert (reference_run / "last.pt").read_bytes() == whole
 

@@ -149,7 +149,7 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
     assert "cannot be opened" in error_of("--config", tmp_path / "nothing.json")
     for text, message in {
         "[1]": "not a config.json of this script",
-        '{"epochs": 3, "epoch": 4, "gate_scale": 1}': "--epoch=4 --gate-scale=1; did you mean --epochs?); if",
+        '{"epochs": 3, "epoch": 4, "gate_scale": 1}': "--epoch=4 --gate-scale=1; did you mean --epochs?); use",
         '{"grad_accum_steps": 1.5, "lr": 0.1}': "--grad-accum-steps: invalid int value: '1.5'",
         '{"flip": true}': "unrecognized arguments: --flip; did you mean --hflip?",
     }.items():

@@ -36,7 +36,7 @@ def write(file: Path, write_to: Callable[[BinaryIO], object]):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
         with contextlib.suppress(OSError):
             new.unlink()
-        advice = "free disk space or check permissions, then rerun (training: with --resume)"
+        advice = "free disk space or check permissions, then rerun (with --resume if the run has a last.pt)"
         raise UserError(f"{file} cannot be saved ({error}): {advice}") from error
 
 

@@ -18,6 +18,7 @@ import torch
 
 from convit_min import MODELS, ConViT, ConViTConfig, create_model
 from training.distributed import UserError, print0, world_size
+from training.folders import has_images
 from weights import load_weights
 
 machine_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -204,13 +205,17 @@ def parse_flags(config_class: type[RunConfig], description: str) -> RunConfig:
         values = _read_config(file)
         excluded = ["run", "resume", "eval", "device", "workers"]  # flags of one command or machine
         excluded += ["weights"] if args.eval else []  # those that the run started from
-        if args.eval and args.data_dir not in (config_class.data_dir, values.get("data_dir")):  # other images
-            excluded += ["dataset", "val_fraction"]
+        own = values.get("data_dir") or config_class.data_dir
+        data_dir = parser.parse_args([f"--data-dir={own}", *sys.argv[1:]]).data_dir
+        if args.eval and os.path.realpath(data_dir) != os.path.realpath(own) and has_images(Path(data_dir)):
+            excluded += ["dataset", "val_fraction"]  # those of other images
+            if values.get("val_fraction"):
+                print0(f"note: {data_dir} is not the run's {own}, so that its --val-fraction does not apply")
         saved = as_flags({name: value for name, value in values.items() if name not in excluded})
         try:
             args = parser.parse_args([*saved, *sys.argv[1:]])  # the last value of a flag counts
         except UserError as error:
-            reason = "if the other script or an older version wrote it, start a new run"
+            reason = "use the script that wrote it; if that was an older version, start a new run"
             raise UserError(f"{file} does not fit this script ({error}); {reason}") from None
     values = vars(args)
     del values["config"]

@@ -66,13 +66,16 @@ class RunData:
             self.eval_names = range(len(self.test))
         self.classes, self.num_train, self.num_eval = self.train.classes, len(self.train), len(self.test)
         self.epoch_length = config.epoch_length(self.num_train)  # in images
-        is_val = config.val_fraction or (self.is_folder and find_split(config, "test", self.eval_splits).name != "test")
-        self.eval_split = "validation" if is_val else "test"
+        has_split = self.is_folder and not config.val_fraction
+        folder = find_split(config, "test", self.eval_splits) if has_split else Path("test")
+        self.eval_split = "validation" if config.val_fraction or folder.name != "test" else "test"
 
         source = "patterns" if config.dataset == "patterns" else config.data_dir
         training = "" if config.eval else f"{self.num_train} training and "
         images = f"{training}{self.num_eval} {self.eval_split} images of {len(self.classes)} classes"
         print0(f"{source}: {images}; {config.model}, {device}")
+        if has_split and folder == Path(config.data_dir):
+            print0(f"note: {folder} has no splits: all its images are evaluated, also those of training")
         if config.eval and config.val_fraction:
             same = "the same --val-fraction, --seed, and files"
             print0(f"note: these images are new to the model only if it was trained with {same}")

@@ -103,7 +103,7 @@ def cleanup():
 
 
 def from_rank0(function: Callable, *args):
-    """Call a function on rank 0 only and return its result on all ranks; all raise its UserError, also for OSError."""
+    """Call a function on rank 0 only and return its result on all ranks; all raise its UserError, or OSError as one."""
     result = [None, None]
     if rank() == 0:
         try:

@@ -101,7 +101,8 @@ def evaluate_weights(config, load_data: Callable):
 def write_report(report: dict, predictions: Predictions, classes: list[str], folder: Path, names: Sequence | None):
     """Write eval.json: the report, accuracy per class, and the confusion matrix; with names, eval.csv, a row per image.
 
-    `names` are those of the images. Raises UserError or OSError.
+    `names` are those of the images; without them, an eval.csv of an earlier evaluation is removed. Raises UserError or
+    OSError.
     """
     k = len(classes)
     cells = (predictions.label * k + predictions.predicted).long()

@@ -236,7 +236,7 @@ class Run:
     def _read_metrics(self) -> list[dict]:
         try:
             return read_metrics(self.dir)
-        except ValueError as error:  # such as a merge conflict
+        except (OSError, ValueError) as error:  # missing, or damaged by a merge conflict
             raise UserError(f"{error}: restore the file, or choose another --run") from error
 
     def _check_images(self, state: dict):
@@ -277,7 +277,7 @@ def deferred_signals() -> Iterator[list[int]]:
     def handle(number: int, _):
         received.append(number)
         if distributed.local_rank() == 0:
-            again = "" if "RANK" in os.environ else "; a second signal stops at once, without saving"
+            again = "" if "RANK" in os.environ else "; the same signal again stops at once, without saving"
             print(f"\nstopping after this step{again}", file=sys.stderr, flush=True)
         if "RANK" not in os.environ:  # torchrun may deliver the same signal twice
             signal.signal(number, previous[number])
