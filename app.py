@@ -79,7 +79,7 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
             return models[key or first]
         if run_dir := training_queue.run_dirs.get(key):
             return open_trained(run_dir)
-        raise ValueError(f"This training run has expired; please select another model: {', '.join(models)}.")
+        raise ValueError("There is no such model, or its training run has expired; please select another model.")
 
     def newest(key: str) -> AttentionInspector:
         """The same, with what its run has written since."""
