@@ -204,13 +204,14 @@ def parse_flags(config_class: type[RunConfig], description: str) -> RunConfig:
     if file:
         values = _read_config(file)
         excluded = ["run", "resume", "eval", "device", "workers"]  # flags of one command or machine
-        excluded += ["weights"] if args.eval else []  # those that the run started from
-        own = values.get("data_dir") or config_class.data_dir
-        data_dir = parser.parse_args([f"--data-dir={own}", *sys.argv[1:]]).data_dir
-        if args.eval and os.path.realpath(data_dir) != os.path.realpath(own) and has_images(Path(data_dir)):
-            excluded += ["dataset", "val_fraction"]  # those of other images
-            if values.get("val_fraction"):
-                print0(f"note: {data_dir} is not the run's {own}, so that its --val-fraction does not apply")
+        if args.eval:
+            excluded += ["weights"]  # those that the run started from
+            own = values.get("data_dir") or config_class.data_dir
+            data_dir = parser.parse_args([f"--data-dir={own}", *sys.argv[1:]]).data_dir
+            if os.path.realpath(data_dir) != os.path.realpath(own) and has_images(Path(data_dir)):
+                excluded += ["dataset", "val_fraction"]  # of the run's own images
+                if values.get("val_fraction"):
+                    print0(f"note: {data_dir} is not the run's {own}, so that its --val-fraction does not apply")
         saved = as_flags({name: value for name, value in values.items() if name not in excluded})
         try:
             args = parser.parse_args([*saved, *sys.argv[1:]])  # the last value of a flag counts
