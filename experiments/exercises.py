@@ -1,6 +1,6 @@
 """Train the exercises of docs/exercises.md, each a change to the model, and write a table of the results.
 
-    python -m experiments.exercises                 all, two seeds each: 22 runs of about four minutes of one CPU core
+    python -m experiments.exercises                 all, two seeds each: 22 runs of about four minutes of a CPU core with AMX
     python -m experiments.exercises 3 8 --seeds 1   some of them
 
 The ```diff blocks of a section are applied to a copy of the code, in which the section's command runs. To add your own
@@ -119,7 +119,7 @@ def write_results(exercises: dict[int, Exercise], out: Path):
     config, steps = shown[0]["config"], shown[0]["metrics"][-1]["step"]
     notes = f"""\
 Accuracy (%) on the test images after the last step: mean ± std over seeds (n); one seed where there is no ±.
-The first: `{config["model"]}`, {steps} steps of {config["batch_size"]} images, learning rate {config["lr"]:g}.
+First row: `{config["model"]}`, {steps:,} steps of {config["batch_size"]} images, learning rate {config["lr"]:g}.
 Heads of the GPSA layers, mean over seeds; non-locality: mean attention distance in patches."""
     header = ["exercise", "test accuracy", "mean gate", "non-locality", "content-dominated heads (gate < 0.5)"]
     figure = Figure(figsize=(7, 1 + 0.32 * len(rows)), layout="constrained")

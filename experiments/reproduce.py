@@ -1,6 +1,6 @@
 """Compare ConViT with a plain ViT, as the paper does, and look into the heads of a single run.
 
-    python -m experiments.reproduce grid            train the grid: 30 to 60 hours of one CPU core
+    python -m experiments.reproduce grid            train the grid: about 75 hours of one CPU core
     python -m experiments.reproduce report          write tables, tests, and figures of our grid, or of --out runs/grid
     python -m experiments.reproduce gates           draw Figs. 5 to 7 for demo/cifar10, or for a different --run
     python -m experiments.reproduce masking         repeat Tables 5 and 6 for such a run

@@ -114,7 +114,7 @@ class RunConfig:
     tensorboard: bool = flag(False, "also write TensorBoard events")
     save_every: str | None = flag(None, "also save every N steps, or N minutes as in 10m", type=interval)
     resume: bool = flag(False, "resume from last.pt in --run")
-    eval: bool = flag(False, "only evaluate --weights, or best.pt of --run; writes eval.json into --run")
+    eval: bool = flag(False, "only evaluate --weights, or best.pt of --run (not --model); writes eval.json into --run")
     csv: bool = flag(False, "with --eval, also write eval.csv, one row per image")
 
     def __post_init__(self):
