@@ -16,7 +16,7 @@ from train_cifar import Config
 from training.data import InMemoryData
 from training.distributed import UserError
 from training.evaluation import evaluate, match_classes
-from training.plots import plot_gates, plot_non_locality
+from training.plots import plot_gates, plot_non_locality, stack_heads
 from weights import open_model, snapshot_files
 
 
@@ -55,8 +55,7 @@ def write_gates(run: Path, dataset: str | None, data_dir: str, out: Path):
         maps[f"epoch {model.epoch}"] = gates(model)[: config.gpsa_layers], center.unflatten(2, (height, width))
 
     uniform, epochs = uniform_non_locality(config.grid), [row["epoch"] for row in metrics]
-    heads = [{key: row["heads"][key] for key in ("gate", "non_locality")} for row in metrics]
-    gate, distance = (np.array([row[key] for row in heads], dtype=float) for key in heads[0])  # epoch, layer, head
+    gate, distance = (stack_heads(metrics, key) for key in ("gate", "non_locality"))  # epoch, layer, head
     columns = gate[0].mean(1), gate[-1].mean(1), gate[-1].min(1), distance[0].mean(1), distance[-1].mean(1)
     rows = [
         [str(layer), *("" if math.isnan(value) else f"{value:.2f}" for value in values)]
@@ -66,10 +65,10 @@ def write_gates(run: Path, dataset: str | None, data_dir: str, out: Path):
     header = ["layer", f"mean gate, {before}", after, f"lowest gate, {after}", f"non-locality, {before}", after]
     notes = (
         f"Run `{run.name}`. Gate 1: position map only; gate 0: content map only. Non-locality: mean attention distance "
-        f"in patches; {uniform:.2f} for uniform attention."
+        f"in patches; {uniform:.2f} for uniform attention. Plotted maps: mean over {len(data.sample_images)} images."
     )
-    record = {"run": run.name, "uniform": uniform, "epochs": epochs, "heads": heads}
-    save(out / "gates", record, markdown(header, rows), notes, plot_heads(metrics, uniform, maps))
+    record, figure = {"run": run.name, "uniform": uniform}, plot_heads(metrics, uniform, maps)
+    save(out / "gates", record, markdown(header, rows), notes, figure)
 
 
 def plot_heads(metrics: list[dict], uniform: float, maps: dict[str, tuple[Tensor, Tensor]]) -> Figure:
@@ -84,7 +83,7 @@ def plot_heads(metrics: list[dict], uniform: float, maps: dict[str, tuple[Tensor
     plot_non_locality(metrics, uniform, middle)
     halves = bottom.subfigures(1, len(maps), squeeze=False)[0]
     for half, (epoch, (gate, attention)) in zip(halves, maps.items(), strict=True):
-        half.suptitle(f"attention of the center patch, {epoch}")
+        half.suptitle(f"mean attention of the center patch, {epoch}")
         for (layer, head), axes in np.ndenumerate(half.subplots(layers, heads, squeeze=False)):
             axes.imshow(attention[layer, head].numpy(), vmin=0)  # to its own maximum: flat maps are visible, too
             axes.set_title(f"{gate[layer, head]:.2f}", fontsize=5)

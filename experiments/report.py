@@ -31,12 +31,13 @@ LABELS = {
 GRID_NOTES = f"""\
 Test accuracy after the last of 10,000 steps. A contrast is the mean difference between runs of the same seed, with a
 95% confidence interval and a paired t-test; Holm's method adjusts p (but not the interval) for all planned contrasts.
-A contrast is equivalent to 0 within {MARGIN} points if two one-sided tests, each at 5% and not adjusted, reject more.
-Intervals cover what a seed draws (weights, subset, order, augmentation), not the choice of test images. While pairs
-are missing, verdicts are preliminary."""
+A contrast counts as equivalent to 0 within {MARGIN} points if two one-sided tests, each at the 5% level and unadjusted,
+rule out larger differences. Intervals cover what a seed draws (weights, subset, order, augmentation), not the choice of
+test images. While pairs are missing, verdicts are preliminary."""
 PATTERN_NOTES = """\
 3,120 steps of 32 images at a learning rate of 0.001, not tuned, unless the arm has another; accuracy is measured every
-156 steps. gates-X: gates frozen at X; gate-lr-1: gates at the learning rate of the other weights. No tests."""
+156 steps. learned: the default; vit: the plain ViT; gates-X: gates frozen at X; gate-lr-1: gates at the learning rate
+of the other weights. No tests."""
 Settings = dict[tuple[str, str], dict[int, list[dict]]]  # metrics by (model, data fraction) and seed
 
 
@@ -219,7 +220,7 @@ def write_grid(out: Path):
     both_models = {setting: runs for setting, runs in settings.items() if setting[0] in COLORS}
     for name, plot, shown, caption in (
         ("accuracy", plot_accuracy, settings, "Accuracy of every seed, mean and 95% interval"),
-        ("curves", plot_curves, both_models, "Test accuracy over steps"),
+        ("curves", plot_curves, both_models, "Test accuracy over steps: every seed (thin) and the mean (thick)"),
         ("heads", plot_heads, both_models, "Gate, locality strength, and attention distance by layer"),
     ):
         if shown:
@@ -240,6 +241,8 @@ def compare(folder: Path, runs: list[Path]):
         if not (run / "metrics.jsonl").exists():
             raise UserError(f"{run} is not a run folder of train_cifar.py")
     records = [*map(read_run, runs), *finished]
+    if len({bool(run["config"].get("val_fraction")) for run in records}) > 1:
+        raise UserError("only some of the runs have a validation split: compare them separately")
     images = "validation" if records[0]["config"].get("val_fraction") else "test"
     figure, rows = Figure(figsize=(9, 3.2), layout="constrained"), []
     panels = figure.subplots(1, 2)
@@ -247,7 +250,7 @@ def compare(folder: Path, runs: list[Path]):
         epochs, accuracy = ([row[key] for row in run["metrics"]] for key in ("epoch", "test_accuracy"))
         gates = [gate.mean() if len(gate) else math.nan for gate, _ in map(gpsa_heads, run["metrics"])]
         for axes, values in zip(panels, (accuracy, gates), strict=True):
-            axes.plot(epochs, values, "o-", markersize=4, label=run["name"])
+            axes.plot(epochs, values, "o-", markersize=4, label=f"{run['name']}: {run['config']['model']}")
             axes.locator_params(axis="x", integer=True)
         gate = "" if math.isnan(gates[-1]) else f"{gates[-1]:.2f}"
         rows.append([run["name"], f"{accuracy[-1]:.1f}", str(epochs[-1]), gate, f"`{run['provenance'][0]['command']}`"])
@@ -288,6 +291,6 @@ def save(file: Path, record: dict, table: str, notes: str, figure: Figure, runs:
     record = provenance_summary(runs) | record
     text = f"{table}\n\n{notes}\n`{record['command']}`; {'; '.join(record['hardware'])}."
     write_text(file.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-    write_text(file.with_suffix(".md"), f"{text}\n\n![same data as a plot]({file.name}.png)\n")
+    write_text(file.with_suffix(".md"), f"{text}\n\n![{file.name.capitalize()}, plotted]({file.name}.png)\n")
     figure.savefig(file.with_suffix(".png"), dpi=120)
     print(f"\n{text}\n\n{file}.md, .json, .png", flush=True)

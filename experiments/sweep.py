@@ -48,22 +48,31 @@ def append_run(file: Path, record: dict):
 def train_sweep(folder: Path, get_plan: Callable[[dict], Plan], prepare: Callable[[str], Path] = lambda name: CODE):
     """Train all missing runs of a plan in subfolders; it is made again, from the finished runs, after every run.
 
-    `prepare` returns the code folder that trains a run. Raises UserError if a run fails, or, after a
-    KeyboardInterrupt, once the run is saved.
+    `prepare` returns the code folder that trains a run. Raises UserError if a run fails, at once if it could not start
+    and otherwise after all others, or, after a KeyboardInterrupt, once the run is saved.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    failed = []
     while True:
         finished = read_runs(folder / "runs.jsonl")
-        missing = {name: flags for name, flags in get_plan(finished).items() if flags and name not in finished}
+        plan = {name: flags for name, flags in get_plan(finished).items() if flags}
+        missing = {name: flags for name, flags in plan.items() if name not in (*finished, *failed)}
         if not missing:
-            return
+            break
         name, run_lock = lock_one(folder, list(missing))
         try:
             if name not in read_runs(folder / "runs.jsonl"):  # no other process has finished it meanwhile
                 print(f"\n{name} ({len(missing)} runs left)", flush=True)
                 train_run(folder / name, missing[name], prepare(name), run_lock)
+        except UserError as error:  # if it has diverged, others may still succeed
+            if isinstance(error, Stopped) or not (folder / name / "last.pt").exists():
+                raise
+            print(error, flush=True)
+            failed.append(name)
         finally:
             os.close(run_lock)
+    if failed:
+        raise UserError(f"failed: {', '.join(failed)}; fix the cause, then {RESUME_HINT}")
 
 
 def lock_one(folder: Path, names: list[str]) -> tuple[str, int]:

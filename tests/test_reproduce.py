@@ -172,11 +172,14 @@ def test_sweep_refuses_what_it_cannot_train(fake_code, tmp_path, monkeypatch):
             train_sweep(tmp_path, lambda finished: plan, lambda name: fake_code)
 
     refuses({"bad": ["--seed", "-1"]}, r"^the run bad failed; fix the cause, then rerun the same command")
+    (tmp_path / "bad" / "last.pt").write_text("1")  # it has failed after its start: others go on
+    refuses({"bad": ["--seed", "-1"], "good": ["--seed", "0", "--epochs", "1"]}, "^failed: bad; fix the cause, then")
+    assert list(read_runs(tmp_path / "runs.jsonl")) == ["good"]
     append_run(tmp_path / "runs.jsonl", {"name": "done"})
     train_sweep(tmp_path, lambda finished: {"done": []})  # nothing to train
     monkeypatch.setitem(sys.modules, "fcntl", None)
     refuses({"new": ["--seed", "0"]}, "^training needs Linux or macOS; on Windows, use WSL$")
-    assert list(read_runs(tmp_path / "runs.jsonl")) == ["done"]
+    assert list(read_runs(tmp_path / "runs.jsonl")) == ["good", "done"]
     (tmp_path / "runs.jsonl").write_text("<<<<<<< HEAD\n")
     refuses({"new": ["--seed", "0"]}, r"runs\.jsonl is damaged")
 
@@ -373,10 +376,7 @@ def test_gates_of_the_demo(tmp_path, run_script):
         (folder / "gates.md").read_text().split("\n\n")[0] for folder in (tmp_path / "out", ROOT / "results/reproduce")
     ]
     assert tables[0] == tables[1] and tables[0].count("\n") == 8
-    record, committed = (
-        json.loads((folder / "gates.json").read_text()) for folder in (tmp_path / "out", ROOT / "results/reproduce")
-    )
-    assert record["heads"] == committed["heads"] and record["epochs"][-1] == 30
+    record = json.loads((tmp_path / "out/gates.json").read_text())
     patches = list(itertools.product(range(8), repeat=2))
     assert record["uniform"] == pytest.approx(np.mean([math.dist(one, other) for one in patches for other in patches]))
     with Image.open(tmp_path / "out/gates.png") as plot:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure, FigureBase
 def plot_run(metrics: list[dict], run_dir: Path, uniform_non_locality: float, eval_split: str = "test"):
     """Write all three plots into the run folder."""
     plot_curves(metrics, eval_split).savefig(run_dir / "curves.png", dpi=120)
-    if np.isfinite(_stack(metrics, "gate")).any():
+    if np.isfinite(stack_heads(metrics, "gate")).any():
         plot_gates(metrics).savefig(run_dir / "gates.png", dpi=120)
     plot_non_locality(metrics, uniform_non_locality).savefig(run_dir / "nonlocality.png", dpi=120)
 
@@ -32,7 +32,7 @@ def plot_curves(metrics: list[dict], eval_split: str = "test") -> Figure:
 
 def plot_gates(metrics: list[dict], figure: FigureBase | None = None) -> FigureBase:
     """The gate of every head over epochs, one panel per GPSA layer, the mean in black (Fig. 6 of the paper)."""
-    epochs, gate = [record["epoch"] for record in metrics], _stack(metrics, "gate")
+    epochs, gate = [record["epoch"] for record in metrics], stack_heads(metrics, "gate")
     layers = [layer for layer in range(gate.shape[1]) if np.isfinite(gate[:, layer]).all()]
     figure = figure or Figure(figsize=(1.2 + 1.9 * len(layers), 2.8), layout="constrained")
     panels = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
@@ -48,7 +48,7 @@ def plot_gates(metrics: list[dict], figure: FigureBase | None = None) -> FigureB
 
 def plot_non_locality(metrics: list[dict], uniform: float, figure: FigureBase | None = None) -> FigureBase:
     """Mean attention distance of every layer over epochs, and that of uniform attention (Fig. 5 of the paper)."""
-    epochs, distance = [record["epoch"] for record in metrics], _stack(metrics, "non_locality").mean(axis=2)
+    epochs, distance = [record["epoch"] for record in metrics], stack_heads(metrics, "non_locality").mean(axis=2)
     figure = figure or Figure(figsize=(6, 3.6), layout="constrained")
     panel = figure.subplots()
     colors = colormaps["viridis"](np.linspace(0, 0.9, distance.shape[1]))
@@ -60,6 +60,6 @@ def plot_non_locality(metrics: list[dict], uniform: float, figure: FigureBase | 
     return figure
 
 
-def _stack(metrics: list[dict], name: str) -> np.ndarray:
+def stack_heads(metrics: list[dict], name: str) -> np.ndarray:
     """A head statistic as epochs x layers x heads; NaN for self-attention layers."""
     return np.array([record["heads"][name] for record in metrics], dtype=float)
