@@ -9,18 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convit_min import ConViT, HeadAttention
-from images import load_crop, normalize
+from convit_min import ConViT
+from images import default_crop_pct, load_crop, normalize
 
 MAP_ELEMENTS = 2**20  # of one head that `head_statistics` holds in memory at once
 
 
 class HeadStatistics(NamedTuple):
-    """Statistics of all layers and heads. Self-attention layers have no position: NaN, except for non_locality."""
+    """Statistics of all layers and heads; in self-attention layers, which lack position, NaN but for non_locality."""
 
     gate: Tensor  # l h: sigmoid(gating_param); 1 is position only, 0 content only
     center: Tensor  # l h 2: attention center (dx, dy) in patches, right and down are positive; NaN if strength is 0
-    strength: Tensor  # l h: locality strength alpha, the inverse squared width; if negative, heads avoid the center
+    strength: Tensor  # l h: locality strength alpha, for a width of 1 / sqrt(2 alpha); negative: it avoids the center
     non_locality: Tensor  # l h: mean attention distance in patches
 
 
@@ -34,7 +34,7 @@ def head_statistics(model: ConViT, images: Tensor) -> HeadStatistics:
     total = 0
     for batch in images.split(batch_size):
         _, attention = model(batch, return_attention=True)
-        total += torch.stack([non_locality(layer, grid) for layer in attention]) * len(batch)
+        total += torch.stack([mean_distance(layer.mixed, grid) for layer in attention]) * len(batch)
     model.train(was_training)
     v_pos = torch.full((*total.shape, 3), torch.nan, device=total.device)  # l h 3
     for index in model.config.gpsa_blocks:
@@ -53,13 +53,8 @@ def gates(model: ConViT) -> Tensor:
     return gates
 
 
-def non_locality(attention: HeadAttention, grid: tuple[int, int]) -> Tensor:
-    """Mean attention distance of every head of a layer in patches (h), averaged over images and queries (Eq. 8)."""
-    return mean_distance(attention.mixed, grid)
-
-
 def mean_distance(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean distance from query to key in attention maps (b h n n), in patches (h).
+    """Non-locality: mean distance from query to key in attention maps (b h n n), in patches (h; Eq. 8 of the paper).
 
     The class token has no position: only attention between patches counts, renormalized to sum to 1.
     """
@@ -83,15 +78,16 @@ def patch_distances(grid: tuple[int, int]) -> Tensor:
 def plot_attention(model: ConViT, image, layer: int, head: int | None = None, query: tuple[int, int] | None = None):
     """Plot the position, content, and mixed maps of the heads of a layer, from one query patch.
 
-    `model` comes from `weights.open_model` or has weights from `load_weights`; `image` is anything that `predict`
-    takes. Layers and heads count from 1; by default, all heads are plotted. `query` is (row, column) from 0, by default
-    the center. Each map is scaled to its maximum, but at least to four times uniform attention. Returns a matplotlib
-    Figure. Raises ValueError for an unreadable image, or a layer, head, or query that is out of range.
+    `model` is an RGB model, such as those of `weights.open_model`; `image` is anything that `predict` takes. Layers and
+    heads count from 1; by default, all heads are plotted. `query` is (row, column) from 0, by default the center. Each
+    map is scaled to its maximum, but at least to four times uniform attention. Returns a matplotlib Figure. Raises
+    ValueError for an unreadable image, or a layer, head, or query that is out of range.
     """
     # here, since statistics do not need it; from pyplot, since notebooks display figures only after its import
     from matplotlib.pyplot import Figure, Rectangle
 
-    pixels = load_crop(image, *model.config.image_shape, model.crop_pct)
+    crop_pct = getattr(model, "crop_pct", default_crop_pct(*model.config.image_shape))  # an untrained model has none
+    pixels = load_crop(image, *model.config.image_shape, crop_pct)
     attention = model(normalize(pixels[None]).to(model.pos_embed), return_attention=True)[1]
     rows, columns = model.config.grid
     row, column = query or (rows // 2, columns // 2)

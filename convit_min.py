@@ -4,22 +4,22 @@ ConViT (d'Ascoli et al., 2021, https://arxiv.org/abs/2103.10697) is a vision tra
 positional self-attention (GPSA). Every GPSA head blends two attention maps with a learned gate:
 
     content    C = softmax(q k^T / sqrt(d))       depends on the image
-    position   P = softmax(v_pos . r)             depends only on the offset from query to key, in patches:
+    position   P = softmax(v_pos . r)             scores depend only on the offset from query to key, in patches:
                                                   r = (dx, dy, dx^2 + dy^2), dx to the right, dy down
-    mixed      A = (1 - g) C + g P                g = sigmoid(gating_param), one learned gate per head
+    mixed      A = (1 - g) C + g P                g = sigmoid(gating_param), one learned gate per head (paper: lambda)
     output     proj(A v)
 
-Each map is normalized before mixing: the raw scores have unrelated scales, and g is the positional fraction of a head
-only if both maps sum to 1.
+Each map is normalized before mixing, since the raw scores have unrelated scales: the rows of A sum to 1, and g is the
+positional fraction of a head. At the border, P is renormalized over the patches that exist; a convolution would pad.
 
-A GPSA layer is initialized as a blurred convolution: position dominates (g = 0.73) and content is nearly uniform.
-With v_pos = alpha (2 Dx, 2 Dy, -1), P is a Gaussian around the offset (Dx, Dy), with standard deviation
-1 / sqrt(2 alpha) per axis; each head is assigned one tap of a small kernel. Read a trained head the same way:
+A GPSA layer is initialized as a blurred convolution: position dominates (g = 0.73), and content is nearly uniform, as q
+and k are small. With v_pos = alpha (2 Dx, 2 Dy, -1), P is a Gaussian around the offset (Dx, Dy), with standard
+deviation 1 / sqrt(2 alpha) per axis; each head is assigned one tap of a small kernel. Read a trained head the same way:
 alpha = -v_pos[2], (Dx, Dy) = v_pos[:2] / (2 alpha). If alpha < 0, the head avoids that point.
 
 Released ConViT checkpoints load without conversion. At another image size, P is recomputed and pos_embed interpolated.
-Shapes: b batch, c channels, h heads, d channels per head, n tokens. The patch grid has Y rows and X columns: n = Y X,
-plus 1 with the class token. Where a pattern contains both grids, Y X index the query and lowercase y x the key.
+Shapes: b batch, c channels, H W pixels, h heads, d = c / h channels per head, n tokens: Y rows times X columns of
+patches, plus 1 with the class token. In patterns with both grids, Y X index the query and lowercase y x the key.
 """
 
 import difflib
@@ -52,7 +52,7 @@ class ConViTConfig:  # raises ValueError for invalid settings
     locality_strength: float = 1.0  # initial alpha
     conv_init: bool = True  # False: random init (Table 3)
     gate_init: float = 1.0  # a logit: sigmoid(1) = 0.73
-    gating: str = "learned"  # "frozen" keeps gate_init; with gate_init=0, g stays 0.5 ("no gating", Table 3)
+    gating: str = "learned"  # "frozen": not trained; with gate_init=0, g stays 0.5 ("no gating", Table 3)
     pool: str = "token"  # or "mean", of the patch tokens
 
     def __post_init__(self):
@@ -125,8 +125,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def content_map(q: Tensor, k: Tensor) -> Tensor:
     """C in float32, even under autocast: (b h n d) (b h n d) -> b h n n."""
-    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):  # meta has no autocast
         return (q.float() @ k.float().mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
+
+
+def kernel_shape(num_heads: int) -> tuple[int, int]:
+    """Rows and columns of the initial kernel: as nearly square as num_heads allows."""
+    rows = next(rows for rows in range(math.isqrt(num_heads), 0, -1) if num_heads % rows == 0)
+    return rows, num_heads // rows
 
 
 class GPSA(nn.Module):
@@ -141,18 +147,16 @@ class GPSA(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.pos_proj = nn.Linear(3, config.num_heads)  # row h of the weight is v_pos of head h
         self.pos_proj.bias.requires_grad_(False)  # unused: softmax cancels it; released checkpoints have it
-        self.gating_param = nn.Parameter(torch.empty(config.num_heads), requires_grad=config.gating == "learned")
+        gates = torch.full((config.num_heads,), float(config.gate_init))
+        self.gating_param = nn.Parameter(gates, requires_grad=config.gating == "learned")
 
     @torch.no_grad()
-    def init_parameters(self):
-        """Set the gates. With conv_init, also set v and v_pos: v_pos . r = -alpha |(dx, dy) - (Dx, Dy)|^2 + const.
+    def init_as_convolution(self):
+        """Set v and v_pos: v_pos . r = -alpha |(dx, dy) - (Dx, Dy)|^2 + const.
 
         (Dx, Dy) runs through the taps of a kernel, column by column as in released models: in a 3 x 3 kernel with
         alpha = 1, the second head looks at the left patch: v_pos = (-2, 0, -1). Two taps on a side are at -1/2 and 1/2.
         """
-        self.gating_param.fill_(self.config.gate_init)
-        if not self.config.conv_init:
-            return
         rows, columns = kernel_shape(self.num_heads)
         head = torch.arange(self.num_heads)
         delta_x, delta_y = head // rows - (columns - 1) / 2, head % rows - (rows - 1) / 2
@@ -169,7 +173,7 @@ class GPSA(nn.Module):
 
     def attention_maps(self, q: Tensor, k: Tensor, grid: Grid) -> HeadAttention:
         """C, P, g, and A as defined at the top of this file, for inspection; `forward` computes A v without A."""
-        row, column = torch.cartesian_prod(*map(torch.arange, grid)).to(q.device).unbind(dim=1)  # n each
+        row, column = torch.cartesian_prod(*map(torch.arange, grid)).to(q.device).unbind(dim=1)  # n each, row by row
         dx, dy = column[None, :] - column[:, None], row[None, :] - row[:, None]  # key minus query: n n
         r = torch.stack([dx, dy, dx**2 + dy**2])  # 3 n n
         v_pos = self.pos_proj.weight.float()  # h 3
@@ -193,7 +197,7 @@ class GPSA(nn.Module):
     def forward(self, x: Tensor, grid: Grid, return_attention: bool = False) -> tuple[Tensor, HeadAttention | None]:
         """A v = (1 - g) C v + g P v. P v sums over y, then over x: n (Y + X) d multiplications per head, not n^2 d."""
         q, k = rearrange(self.qk(x), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
-        v = rearrange(self.v(x), "b n (h d) -> b h n d", h=self.num_heads).contiguous()  # one copy for both paths
+        v = rearrange(self.v(x), "b n (h d) -> b h n d", h=self.num_heads).contiguous()  # one copy, for C v and P v
         content_out = attend(q, k, v)  # C v
         position_y, position_x = (factor.to(v.dtype) for factor in self.position_factors(grid))
         rows = rearrange(v, "b h (y x) d -> b h y (x d)", y=grid[0])
@@ -201,12 +205,6 @@ class GPSA(nn.Module):
         position_out = (position_x[:, None] @ columns).flatten(2, 3)  # P v
         out = rearrange(self.mix(content_out, position_out), "b h n d -> b n (h d)")
         return self.proj(out), self.attention_maps(q, k, grid) if return_attention else None
-
-
-def kernel_shape(num_heads: int) -> tuple[int, int]:
-    """Rows and columns of the initial kernel: as nearly square as num_heads allows."""
-    rows = next(rows for rows in range(math.isqrt(num_heads), 0, -1) if num_heads % rows == 0)
-    return rows, num_heads // rows
 
 
 class SelfAttention(nn.Module):  # b n c -> b n c
@@ -229,7 +227,7 @@ class DropPath(nn.Dropout):
     """Stochastic depth: in training, drop the whole residual branch of a sample with probability p."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout1d(x.flatten(1)[None], self.p, self.training).view_as(x)  # 1 b (n c): channels are samples
+        return F.dropout1d(x.flatten(1)[None], self.p, self.training).view_as(x)  # 1 b (n c): a sample is a "channel"
 
 
 class Block(nn.Module):  # pre-norm: b n c -> b n c
@@ -255,7 +253,7 @@ class ConViT(nn.Module):
         super().__init__()
         self.config = config
         conv = nn.Conv2d(config.in_chans, config.dim, config.patch_size, stride=config.patch_size)
-        self.patch_embed = nn.Sequential(OrderedDict(proj=conv))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=conv))  # named as in released checkpoints
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(config.grid), config.dim))
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim)) if config.pool == "token" else None
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
@@ -266,8 +264,9 @@ class ConViT(nn.Module):
                 nn.init.trunc_normal_(param, std=0.02)
             elif name.endswith("bias") and not name.startswith("patch_embed"):
                 nn.init.zeros_(param)
-        for index in config.gpsa_blocks:  # last: the rule above also sets v.weight and pos_proj.weight
-            self.blocks[index].attn.init_parameters()
+        if config.conv_init:  # last: the rule above also sets v.weight and pos_proj.weight
+            for index in config.gpsa_blocks:
+                self.blocks[index].attn.init_as_convolution()
 
     def encode(self, images: Tensor, return_attention: bool = False) -> tuple[Tensor, list[HeadAttention | None]]:
         """Images (b c H W) -> tokens after the last norm (b n c), the class token first; maps of each block or None."""
@@ -314,7 +313,8 @@ def create_model(name: str, **overrides) -> ConViT:
 
 
 if __name__ == "__main__":  # one head at initialization: its maps from the query patch at row 4, column 4 of 8 x 8
-    content, position, gate, mixed = create_model("convit_cifar_nano")(torch.rand(1, 3, 32, 32), True)[1][0]
+    _, attention = create_model("convit_cifar_nano")(torch.rand(1, 3, 32, 32), return_attention=True)
+    content, position, gate, mixed = attention[0]
     print(f"head 2 of layer 1: gate {gate[1]:.2f}; attention to the patch and its 8 neighbors")
     for name, head_map in (("C", content[0, 1]), ("P", position[1]), ("A", mixed[0, 1])):
         print(name, head_map[4 * 8 + 4].detach().unflatten(0, (8, 8))[3:6, 3:6], sep="\n")

@@ -63,7 +63,7 @@ def load_image(file: str | Path | bytes, min_size: int = MIN_SIZE) -> Image.Imag
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any image to 8-bit RGB: EXIF orientation applied, transparency on white.
 
-    Integers of more than 8 bits are taken to be in 0..65535. Floats are taken to be in 0..1 if all are below 2, in
+    Integers of more than 8 bits are assumed to be in 0..65535. Floats are assumed to be in 0..1 if all are below 2, in
     0..255 if none exceeds 255, and otherwise in 0..65535. Values out of range are clipped; NaN is black.
     """
     with contextlib.suppress(SyntaxError):  # of Pillow, if the EXIF data are damaged

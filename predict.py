@@ -30,9 +30,9 @@ from weights import open_model
 def predict(model: ConViT, image, top: int = 3) -> list[tuple[str, float]]:
     """The most likely classes of an image and their probabilities, the best first.
 
-    `model` comes from `open_model` or has weights from `load_weights`; `image` is a path, the bytes of a file, a PIL
-    image, or a uint8 array (H W, or H W 3). Raises ValueError if it is none of these, or unreadable, and for `top`
-    below 1.
+    `model` comes from `open_model`, or is an RGB model with weights from `load_weights`; `image` is a path, the bytes
+    of a file, a PIL image, or a uint8 array (H W, or H W 3). Raises ValueError if it is none of these, or unreadable,
+    and for `top` below 1.
     """
     check_index("number of classes", min(top, len(model.classes)), 1, len(model.classes))
     logits = model(preprocess(model, image))[0]
@@ -72,7 +72,8 @@ def main():
             raise ValueError(f"no images in {', '.join(map(str, args.images))}")
     except (ValueError, OSError) as error:
         sys.exit(f"predict.py: {error}")
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` closes the pipe
+    for interruption in (signal.SIGPIPE, signal.SIGINT):  # end quietly when `| head` closes the pipe, and on Ctrl-C
+        signal.signal(interruption, signal.SIG_DFL)
     rows = csv.writer(sys.stdout)
     if args.csv:
         ranks = range(1, min(args.top, len(model.classes)) + 1)

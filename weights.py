@@ -1,4 +1,4 @@
-"""Read weights: our own files, the authors', timm's, and DeiT's share one format."""
+"""Load weights: our own files, and those of the authors, timm, and DeiT, which use the same parameter names."""
 
 import argparse
 import math
@@ -37,8 +37,8 @@ def open_model(source: str | Path) -> ConViT:
     """A model in eval mode from a run folder, a weights file, a URL, or the name of a released model.
 
     The model has the additional attributes `name`, `classes` (names; `has_class_names` if the file records them),
-    `epoch` (0 if unknown), and `crop_pct` (the fraction of an image's sides to predict from). Its input is RGB, also if
-    the weights are of a grayscale model.
+    `epoch` (0 if unknown), and `crop_pct` (the fraction of an image's sides to predict from). Its input is RGB, even if
+    the weights are those of a grayscale model.
     Raises FileNotFoundError or ValueError like `load_weights`.
     """
     weights = read_weights(str(source))
@@ -47,8 +47,8 @@ def open_model(source: str | Path) -> ConViT:
         missing = [name for name in (PATCH_EMBED, "pos_embed", "head.weight") if name not in weights.state]
         reason = f"has no {missing[0]}" if missing else "does not match any model in convit_min.MODELS"
         is_vit = missing in ([], ["head.weight"])
-        advice = "build its model with create_model(...), and call load_weights" if is_vit else "it is no ConViT or ViT"
-        raise ValueError(f"{source} {reason}: {advice}")
+        build = "build its model with create_model(...), and call load_weights"
+        raise ValueError(f"{source} {reason}: {build if is_vit else 'it is not a ConViT or ViT'}")
     if config.in_chans not in (1, 3):
         raise ValueError(f"{source} is for images of {config.in_chans} channels: only grayscale and RGB can be opened")
     if config.in_chans == 1:  # images are RGB: open an equivalent model of the mean of their channels
@@ -63,9 +63,9 @@ def open_model(source: str | Path) -> ConViT:
 def load_weights(model: ConViT, source: str | Path, new: Collection[str] = (), classes: Collection[str] = ()):
     """Load weights from a run folder (best.pt, or else the last snapshot), a file, a URL, or a released model's name.
 
-    pos_embed is resized for a different image size. If the number of classes differs, or their names from `classes`,
-    the classifier is not loaded, and a warning says so. Parameters named in `new`, as in ("relative_bias",), may be
-    missing from the file, and then keep their initial values. `model.classes` and `model.crop_pct` are set as by
+    pos_embed is resized for a different image size. If the number of classes differs, or their names differ from
+    `classes`, the classifier is not loaded, and a warning says so. Parameters named in `new`, as in ("relative_bias",),
+    may be missing from the file, and then keep their initial values. `model.classes` and `model.crop_pct` are set as by
     `open_model`.
 
     Raises FileNotFoundError if there is no such file, and ValueError if it is damaged, is not a PyTorch checkpoint, or
@@ -114,7 +114,8 @@ def read_weights(source: str) -> Weights:
         config = ConViTConfig(**record["model_config"]) if "model_config" in record else released
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source} was written by another version of convit_min.py ({error})") from error
-    nested = next((record[key] for key in STATE_DICT_KEYS if isinstance(record.get(key), dict)), record)
+    candidates = [record[key] for key in STATE_DICT_KEYS if isinstance(record.get(key), dict)] + [record]
+    nested = next((values for values in candidates if any(map(torch.is_tensor, values.values()))), {})
     tensors = {str(name): value for name, value in nested.items() if torch.is_tensor(value)}
     if not tensors:
         raise ValueError(f"{source} contains no weights, neither directly nor under {', '.join(STATE_DICT_KEYS)}")
@@ -170,6 +171,8 @@ def class_names(num_classes: int) -> list[str]:
 
 
 def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = (), classes: Collection[str] = ()):
+    if classes and len(classes) != model.config.num_classes:
+        raise ValueError(f"the model has {model.config.num_classes} classes, not {len(classes)}")
     state, expected, new = weights.state, model.state_dict(), {new} if isinstance(new, str) else {*new}
     _adapt_pos_embed(state, weights.config.grid if weights.config else None, model)
     num_classes = [tensors.get("head.weight", torch.tensor(0)).shape[:1] for tensors in (state, expected)]
@@ -186,18 +189,19 @@ def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = (
         "with a different shape": {key for key in state if key in expected and state[key].shape != expected[key].shape},
     }
     problems = [f"{problem}: {list_names(keys)}" for problem, keys in mismatches.items() if keys]
-    if problems:
+    num_heads = (weights.config or model.config).num_heads  # without GPSA, no shape depends on it
+    if problems or num_heads != model.config.num_heads:
         name, config = infer_model(weights.state)
         found, wanted = vars(weights.config or config or model.config), vars(model.config)
         facts = [f"it is a {name}"] if name else []
         facts += [f"it has {key}={found[key]}, not {wanted[key]}" for key in STRUCTURE if found[key] != wanted[key]]
         actual = f" ({', '.join(facts)})" if facts else ""
-        raise ValueError(f"{source} does not match this model{actual}; {'; '.join(problems)}")
+        raise ValueError("; ".join([f"{source} does not match this model{actual}", *problems]))
     model.load_state_dict(state)
     if is_new_head and num_classes[1]:  # else, the model has no classifier
-        warnings.warn(f"{source} has other classes, or no classifier; the model keeps its own classifier", stacklevel=3)
+        warnings.warn(f"{source} has other classes or no classifier: its classifier was not loaded", stacklevel=3)
     elif classes and not weights.classes:
-        warnings.warn(f"{source} has no class names; its classifier is kept, and classes match by order", stacklevel=3)
+        warnings.warn(f"{source} has no class names: its classifier was loaded, classes match by order", stacklevel=3)
     known = list(classes) or ([] if is_new_head else weights.classes)
     model.classes = known or class_names(model.config.num_classes)
     model.crop_pct = weights.crop_pct or default_crop_pct(*model.config.image_shape)

@@ -1,6 +1,6 @@
 """Train the exercises of docs/exercises.md, each a change to the model, and write a table of the results.
 
-    python -m experiments.exercises                 all, two seeds each: 22 runs of about four minutes of a CPU core with AMX
+    python -m experiments.exercises                 all, two seeds each: 22 runs; four minutes each on a core with AMX
     python -m experiments.exercises 3 8 --seeds 1   some of them
 
 The ```diff blocks of a section are applied to a copy of the code, in which the section's command runs. To add your own

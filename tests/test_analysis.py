@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import CONFIG, perturb
 
-from analysis import head_statistics, non_locality, uniform_non_locality
-from convit_min import ConViT, HeadAttention, create_model
+from analysis import head_statistics, mean_distance, uniform_non_locality
+from convit_min import ConViT, create_model
 
 
 def test_reference_distances():
@@ -62,4 +62,4 @@ def test_non_locality_uses_each_layers_own_input(monkeypatch):
 
 def test_identity_attention_has_zero_non_locality():
     eye = torch.eye(12).expand(2, 1, 12, 12)
-    assert non_locality(HeadAttention(eye, None, torch.zeros(1), eye), (3, 4)).tolist() == [0.0]
+    assert mean_distance(eye, (3, 4)).tolist() == [0.0]

@@ -13,7 +13,7 @@ import torch
 from conftest import DEMO, ROOT, assert_maps, open_page, page_map, serving
 from PIL import Image
 
-from analysis import non_locality
+from analysis import mean_distance
 from convit_min import ConViT, ConViTConfig
 from images import normalize
 from weights import load_weights
@@ -300,7 +300,7 @@ def test_browser_maps_match_the_model(page):
         attention = model(model_input(page), return_attention=True)[1][model.config.gpsa_layers - 1]
     assert_maps(page, attention, [(0, 0), (4, 27), (8, 63)])
     shown = [float(page.locator(f"[data-head='{head}'] .distance").inner_text()) for head in range(9)]
-    np.testing.assert_allclose(shown, non_locality(attention, (8, 8)), atol=0.06)
+    np.testing.assert_allclose(shown, mean_distance(attention.mixed, (8, 8)), atol=0.06)
 
 
 def test_url_restores_the_view(page, browser):

@@ -255,10 +255,9 @@ def test_error_of_rank_1_alone_is_printed(tree, tmp_path):
     (folders[0] / "data").symlink_to(tree)
     ranks = [Script(tmp_path / f"log{rank}", *QUICK, prepare=partial(become_rank_elsewhere, rank, port, folder))
              for rank, folder in enumerate(folders)]  # fmt: skip
-    status, output = ranks[1].wait()
-    ranks[0].process.kill()
-    assert status == 1 and "Traceback" not in output
-    assert "train_cifar.py: data contains no images in train/CLASS/*" in output
+    for rank, error in ((1, "data contains no images in train/CLASS/*"), (0, "another process has failed")):
+        status, output = ranks[rank].wait()
+        assert status == 1 and "Traceback" not in output and f"train_cifar.py: {error}" in output
 
 
 def test_out_of_memory_suggests_gradient_accumulation(tree, tmp_path, monkeypatch, run_script):
@@ -272,8 +271,12 @@ def test_out_of_memory_suggests_gradient_accumulation(tree, tmp_path, monkeypatc
         patch.setattr(train_cifar, "mixup_cutmix", raise_error)
         status, output = run_script(train_cifar, *flags)
     assert status == 1
-    assert "train_cifar.py: raise --grad-accum-steps, or lower --batch-size: CUDA out of memory" in output
+    assert "train_cifar.py: out of memory: raise --grad-accum-steps, or lower --batch-size (CUDA out of" in output
     assert run_script(train_cifar, *flags, "--grad-accum-steps", "2")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "load_state_dict", raise_error)
+        status, output = run_script(train_cifar, *flags, "--resume")
+    assert status == 1 and "out of memory: raise" in output and "does not match" not in output
     assert run_script(train_cifar, *flags, "--resume", "--batch-size", "8")[0] == 1
 
 
@@ -662,6 +665,16 @@ def test_workers_survive_a_signal_until_the_step_is_saved(imagenet, tmp_path):
     status, output = script.wait()
     assert status == 128 + signal.SIGTERM and "Traceback" not in output
     assert "stopped and saved after step" in output
+
+
+def test_a_bug_ends_the_process_at_once(imagenet, tmp_path):
+    """With its traceback, although data workers defer the SIGTERM that Python sends them."""
+    code = "import sys, train_imagenet as t; sys.stderr.isatty = lambda: True; t.normalize = None; t.main()"
+    flags = ["--data-dir", imagenet, *SMALL, "--workers", "2", "--run", tmp_path / "run"]
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1 and "'NoneType' object is not callable" in process.stderr
+    assert "Alarm clock" not in process.stderr
 
 
 def test_unreadable_image_is_named(imagenet, tmp_path, run_script):

@@ -438,3 +438,9 @@ def test_unknown_models_and_indivisible_images_are_refused():
         convit, vit = MODELS["convit_" + name], MODELS["vit_" + name]
         assert vit.gpsa_layers == 0
         assert (convit.dim, convit.depth, convit.num_heads) == (vit.dim, vit.depth, vit.num_heads)
+
+
+def test_gpsa_works_by_itself():
+    torch.manual_seed(0)
+    attn = GPSA(small_config(gate_init=0))
+    assert (attn.gate() == 0.5).all() and attn(torch.randn(1, 35, 36), (5, 7))[0].isfinite().all()

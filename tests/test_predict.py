@@ -172,6 +172,7 @@ def test_plot_attention(demo, photo):
         gate = demo.blocks[4].attn.gate()
     assert f"gate {gate[2]:.2f}" in figure.axes[8].get_ylabel()
     assert "uniform attention 0.016" in figure.get_suptitle()
+    assert plot_attention(create_model("convit_cifar_nano"), photo, layer=1)  # before training, too
     single = plot_attention(demo, photo, layer=7, head=9, query=(0, 7))  # self-attention, with a class token
     assert [axes.get_title().split(",")[0] for axes in single.axes[1:]] == ["content", "mixed"]
     assert single.axes[0].get_ylabel() == "head 9"  # without a gate

@@ -283,6 +283,9 @@ def test_flags_that_may_change_on_resume_are_listed():
 
 
 def test_workers_outlast_the_documented_shutdown(monkeypatch):
+    """torchrun sends SIGTERM to all: workers that ended at once would end the step that is being saved."""
+    script = re.search(r"    #!/bin/bash\n(?:    .*\n)+", DOCS["docs/distributed.md"])[0]
+    assert {"--nodes", "--ntasks-per-node", "--gpus-per-node"} <= set(re.findall(r"(--[\w-]+)=", script))
     documented = re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", DOCS["docs/distributed.md"])
     handlers, alarms = {}, []
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)

@@ -51,6 +51,7 @@ FILES = {  # what people have
         "pytorch-lightning_version": "2.5",
         "model": "convit_tiny",
     },
+    "config beside them": lambda state: {"model": {"name": "convit_tiny"}, "state_dict": state},
     "compiled DDP": lambda state: {"model": prefixed(state, "_orig_mod.module.")},
     "AveragedModel": lambda state: {"n_averaged": torch.tensor(3)} | prefixed(state, "module."),
 }
@@ -196,21 +197,25 @@ def test_ten_patches_are_not_mistaken_for_deit_format(tmp_path):
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
     load_weights(fresh, tmp_path / "weights.pt")
     assert same_weights(trained, fresh)
+    save_weights(trained, list("abcde"), 1.0, 1, tmp_path / "run.pt")
+    with pytest.raises(ValueError, match=r"does not match this model \(it has num_heads=9, not 6\)$"):
+        load_weights(ConViT(replace(plain, num_heads=6)), tmp_path / "run.pt")  # all shapes are the same
 
 
 def test_other_number_of_classes_keeps_the_new_head(tmp_path):
     torch.save(perturb(ConViT(CONFIG)).state_dict(), tmp_path / "weights.pt")
     model = ConViT(ConViTConfig(**{**vars(CONFIG), "num_classes": 3}))
     head = model.head.weight.clone()
-    with pytest.warns(UserWarning, match="other classes, or no classifier; the model keeps its own"):
+    with pytest.warns(UserWarning, match="other classes or no classifier: its classifier was not loaded"):
         load_weights(model, tmp_path / "weights.pt")
     assert torch.equal(model.head.weight, head)
     backbone = ConViT(ConViTConfig(**{**vars(CONFIG), "num_classes": 0}))
-    with warnings.catch_warnings(action="error"):  # it has no classifier
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it has no classifier: there is nothing to warn of
         load_weights(backbone, tmp_path / "weights.pt")
     assert backbone(torch.randn(1, 3, 20, 28)).shape == (1, 36)
     torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
-    with pytest.warns(UserWarning, match="other classes, or no classifier; the model keeps its own"):
+    with pytest.warns(UserWarning, match="other classes or no classifier: its classifier was not loaded"):
         load_weights(model, tmp_path / "backbone.pt")
     assert torch.equal(model.head.weight, head)
 
@@ -252,7 +257,7 @@ def test_any_rgb_model_predicts_once_its_weights_are_loaded(tmp_path):
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
     torch.save({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "resnet.pt")
     for name, reason in (("weights", "does not match any model.*: build its model with create_model"),
-                         ("resnet", "has no patch_embed.proj.weight: it is no ConViT")):  # fmt: skip
+                         ("resnet", "has no patch_embed.proj.weight: it is not a ConViT")):  # fmt: skip
         with pytest.raises(ValueError, match=rf"{name}\.pt {reason}"):
             open_model(tmp_path / f"{name}.pt")
     model, image = create_model("convit_cifar_nano", patch_size=8).eval(), Image.new("RGB", (40, 30), "red")
@@ -261,9 +266,11 @@ def test_any_rgb_model_predicts_once_its_weights_are_loaded(tmp_path):
     with torch.no_grad():
         probabilities = trained(preprocess(model, image)).softmax(dim=1)[0]
     assert name == f"class {probabilities.argmax()}" and p == pytest.approx(probabilities.max().item())
-    with pytest.warns(UserWarning, match="has no class names; its classifier is kept"):
+    with pytest.warns(UserWarning, match="has no class names: its classifier was loaded"):
         load_weights(model, tmp_path / "weights.pt", classes=list("abcdefghij"))
     assert predict(model, image)[0][0] == "abcdefghij"[probabilities.argmax()]
+    with pytest.raises(ValueError, match="the model has 10 classes, not 2"):
+        load_weights(model, tmp_path / "weights.pt", classes=["a", "b"])
 
 
 def test_an_error_names_five_keys_and_counts_the_rest(tmp_path):

@@ -40,11 +40,6 @@ def write(file: Path, write_to: Callable[[BinaryIO], object]):
         raise UserError(f"{file} cannot be saved ({error}): {advice}") from error
 
 
-def rerun(run_dir: Path) -> str:
-    """How to continue a run after a failure."""
-    return "rerun with --resume" if (run_dir / "last.pt").exists() else "rerun"
-
-
 def load(file: Path) -> dict:
     """torch.load of a checkpoint, to the CPU, after verifying its checksums. Raises UserError if that fails."""
     if not file.exists():

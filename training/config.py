@@ -81,7 +81,7 @@ class RunConfig:
     gpsa_layers: int | None = flag(None, "number of GPSA blocks (default: the model's)", minimum=0)
     locality_strength: float = flag(1.0, "alpha of the convolutional initialization", minimum=0)
     conv_init: bool = flag(True, "initialize GPSA as a convolution")
-    gating: str = flag("learned", "frozen keeps the gates at --gate-init", choices=["learned", "frozen"])
+    gating: str = flag("learned", "frozen: keep --gate-init, or the gates of --weights", choices=["learned", "frozen"])
     gate_init: float = flag(1.0, "initial gates, as logits: 1 gives 0.73, 0 gives 0.5")
     freeze_gpsa: bool = flag(False, "freeze the attention of GPSA: qk, v, positions, and gates")
     pool: str = flag("token", "classify from the class token or the mean of patch tokens", choices=["token", "mean"])

@@ -75,7 +75,7 @@ class RunData:
         images = f"{training}{self.num_eval} {self.eval_split} images of {len(self.classes)} classes"
         print0(f"{source}: {images}; {config.model}, {device}")
         if has_split and folder == Path(config.data_dir):
-            print0(f"note: {folder} has no splits: all its images are evaluated, also those of training")
+            print0(f"note: {folder} has no splits: all its images are evaluated, including any used for training")
         if config.eval and config.val_fraction:
             same = "the same --val-fraction, --seed, and files"
             print0(f"note: these images are new to the model only if it was trained with {same}")

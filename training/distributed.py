@@ -1,5 +1,6 @@
 """Single- and multi-process training under torchrun: every function here also works without torchrun."""
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -83,16 +84,23 @@ def print0(message: str):
 def abort(error: UserError | torch.OutOfMemoryError) -> NoReturn:
     """Kill data workers, print an error (once per machine if all of its ranks raise it), and exit."""
     if isinstance(error, torch.OutOfMemoryError):
-        error = UserError(f"raise --grad-accum-steps, or lower --batch-size: {error}")
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader reports the workers killed below
-    for worker in multiprocessing.active_children():
-        worker.kill()  # SIGTERM would be deferred, see image_folder.py
+        error = UserError(f"out of memory: raise --grad-accum-steps, or lower --batch-size ({error})")
+    kill_workers()
     if local_rank() == 0 or not isinstance(error, Stopped):  # all ranks raise Stopped
         time.sleep(local_rank())  # if a lower rank raises it, too, torchrun ends this process first
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
     if dist.is_initialized():  # at once: leaving the group could wait for other ranks forever
         os._exit(error.status)
     sys.exit(error.status)
+
+
+@atexit.register  # also after a bug: Python would send SIGTERM, which workers defer (see image_folder.py), and wait
+def kill_workers():
+    """Kill the data workers of this process."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader reports them
+    for process in multiprocessing.active_children():
+        if process.daemon:  # others are not ours
+            process.kill()
 
 
 def cleanup():
@@ -113,7 +121,7 @@ def from_rank0(function: Callable, *args):
         except OSError as error:
             result[1] = f"{error}: check permissions and free disk space"
     if dist.is_initialized():
-        dist.broadcast_object_list(result)
+        _wait_for(dist.broadcast_object_list, result)
     if result[1] is not None:
         raise UserError(result[1])
     return result[0]
@@ -129,7 +137,7 @@ def all_reduce_mean(value: Tensor) -> Tensor:
     if not dist.is_initialized():
         return value
     value = value.clone()
-    dist.all_reduce(value)
+    _wait_for(dist.all_reduce, value)
     return value / world_size()
 
 
@@ -138,7 +146,7 @@ def all_gather(rows: Tensor) -> Tensor:
     if not dist.is_initialized():
         return rows
     gathered = [None] * world_size()
-    dist.all_gather_object(gathered, rows)
+    _wait_for(dist.all_gather_object, gathered, rows)
     return torch.cat(gathered)
 
 
@@ -147,5 +155,13 @@ def all_reduce_max(value: int) -> int:
     if not dist.is_initialized():
         return value
     maximum = torch.tensor(value)  # on the CPU: no CUDA synchronization
-    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    _wait_for(dist.all_reduce, maximum, dist.ReduceOp.MAX)
     return int(maximum)
+
+
+def _wait_for(collective: Callable, *args):
+    """Communicate with all processes. Raises UserError if another one has ended."""
+    try:
+        collective(*args)
+    except RuntimeError as error:
+        raise UserError(f"another process has failed, and has said why ({error})") from error

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from images import load_crop, open_image, to_rgb, to_tensor
 from training.augment import derive_seed
-from training.checkpoint import rerun
 from training.data import InMemoryData, RunData, epoch_order, remedy, shard_batches
 from training.distributed import UserError
 
@@ -104,7 +103,8 @@ class StreamedData(RunData):
         for *tensors, errors in loader:
             bad = set(filter(None, errors))
             if bad and (not config.skip_bad_images or -1 in tensors[1]):
-                then = "rerun" if config.eval else rerun(Path(config.run))
+                can_resume = not config.eval and Path(config.run, "last.pt").exists()
+                then = "rerun with --resume" if can_resume else "rerun"
                 hint = "" if config.skip_bad_images else ", which reports each one that it finds"
                 raise UserError(f"{min(bad)}: {remedy(config)}{hint}; then {then}")
             for error in bad - self.reported:

@@ -225,6 +225,8 @@ class Run:
                 if record[name]:  # a scaler has no state without fp16
                     component.load_state_dict(record[name])
             self._check_images(state)
+        except torch.OutOfMemoryError:  # a RuntimeError, but the file is fine
+            raise
         except (RuntimeError, ValueError, KeyError) as error:  # changed code, or a run of an older version
             raise UserError(f"{file} does not match this model and data: {error}") from error
         records = distributed.from_rank0(self._read_metrics)
@@ -271,14 +273,14 @@ class Run:
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C are only added to the yielded list, so that the current step can be finished and saved."""
+    """Record SIGTERM and Ctrl-C in the yielded list, so that the current step can be finished and saved."""
     received = []
 
     def handle(number: int, _):
         received.append(number)
         if distributed.local_rank() == 0:
             again = "" if "RANK" in os.environ else "; the same signal again stops at once, without saving"
-            print(f"\nstopping after this step{again}", file=sys.stderr, flush=True)
+            print(f"\nstopping after the current step{again}", file=sys.stderr, flush=True)
         if "RANK" not in os.environ:  # torchrun may deliver the same signal twice
             signal.signal(number, previous[number])
 
