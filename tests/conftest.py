@@ -166,6 +166,7 @@ def serving(folder: Path, *flags, space: bool = False):
     finally:
         process.terminate()
         process.wait(20)
+    assert re.search(rf"Viewer running at http://\S+:{port}\b", (folder / "server.log").read_text())
     assert not list(folder.glob("convit-viewer-*")), "training runs were left behind"
     assert "Traceback" not in (folder / "server.log").read_text()
     outbound = [line for line in connections.read_text().splitlines()
@@ -178,10 +179,9 @@ def browser():
     api = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-dev.txt")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
-        except api.Error:
+        if not Path(chromium or playwright.chromium.executable_path).exists():
             pytest.skip("Chromium is missing: apt install chromium, or playwright install chromium")
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
         yield browser
         browser.close()
 
@@ -220,13 +220,20 @@ def assert_maps(page, attention, heads_and_queries):
             np.testing.assert_allclose(shown, maps[head, query].numpy(), atol=byte_step + 1e-5)
 
 
+@contextlib.contextmanager
+def file_server(folder: Path) -> Iterator[str]:
+    """The URL of a local web server for a folder."""
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
 @pytest.fixture
 def web_server(tmp_path) -> Iterator[tuple[Path, str]]:
     """A folder that a local web server serves, and its URL."""
     folder = tmp_path / "www"
     folder.mkdir()
-    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with file_server(folder) as url:
+        yield folder, url

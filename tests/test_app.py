@@ -571,7 +571,52 @@ def test_tour_opens_once_and_by_its_link(browser, server):
     page.locator(".tour-next").focus()
     page.keyboard.press("Escape")
     assert page.locator(".tour").is_hidden()
+    page.goto(f"{server}/web/maps.js")  # in a frame as tall as the page, as on Hugging Face
+    page.set_content(f"<iframe src='{server}/#tab=help' style='width: 1200px; height: 5000px'></iframe>")
+    tour = page.frame_locator("iframe").locator(".tour")
+    tour.wait_for()
+    assert tour.bounding_box()["y"] < 600
     page.close()
+
+
+def test_page_says_why_it_shows_another_model_or_nothing(browser, server):
+    with open_page(browser, f"{server}/#model=gone") as page:
+        assert page.evaluate("convit.state.key") == "patterns"
+        assert "There is no such model" in page.locator(".error").inner_text()
+    page = browser.new_page()
+    page.route("**/web/maps.js", lambda route: route.abort())
+    page.goto(server)
+    page.wait_for_selector("text=Please reload the page.")
+    page.close()
+
+
+def test_page_works_without_storage(browser, server):
+    page = browser.new_page()  # as in some embedded browsers
+    page.add_init_script("for (const name of ['localStorage', 'sessionStorage'])"
+                         "Object.defineProperty(window, name, { value: null })")  # fmt: skip
+    page.goto(server)
+    page.wait_for_selector(".viewer:not(.loading)")
+    assert page.locator(".tour").is_hidden()  # or it would open at every visit
+    page.close()
+
+
+def test_errors_are_visible_on_a_phone(browser, server):
+    with open_page(browser, f"{server}/#model=cifar10", width=390) as page:
+        page.evaluate("convit.state.server.recompute = async () => ({ error: 'It failed.' })")
+        page.locator("[data-scope=model][data-pin='1']").click()  # scrolls to the button
+        page.wait_for_selector("text=It failed.")
+        assert 0 <= page.locator(".error").bounding_box()["y"] < 900
+        assert page.evaluate("scrollY") > 300
+
+
+def test_trained_model_remains_while_the_next_run_waits(browser, server):
+    with open_page(browser, server) as page:
+        answers = [{"state": "done", "epoch": 7, "epochs": 7}, {"state": "waiting", "position": 2}]
+        page.evaluate("answers => { convit.state.server.train = async () => answers.shift(); }", answers)
+        for text in ("Done.", "2 are ahead of you"):
+            page.locator(".train").click()
+            page.wait_for_selector(f"text={text}")
+            assert page.locator(".models").get_by_text("Your tiny model").count() == 1
 
 
 def test_layout_fits_and_does_not_shift(browser, server):

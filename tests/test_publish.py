@@ -1,19 +1,11 @@
 """The page without a server, in a browser, from a plain file server under a sub-path."""
 
-import functools
-import http.server
-import threading
-
 import pytest
-from conftest import open_page
+from conftest import file_server, open_page
 
+from viewer import publish as script
 from viewer.inspector import open_demos
 from viewer.publish import publish
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +29,8 @@ def folder(models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def site(folder):
     """Its URL."""
-    root = folder.parent.parent
-    handler = functools.partial(QuietHandler, directory=root)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/some/path/"
-    server.shutdown()
+    with file_server(folder.parent.parent) as url:
+        yield f"{url}/some/path/"
 
 
 def shown_predictions(page) -> list:
@@ -74,11 +62,22 @@ def test_published_page_is_small(models, folder):
         assert sum(file.stat().st_size for file in (folder / "data" / key).iterdir()) < 2 * 2**20  # of one image
 
 
+def test_demos_of_other_code_are_one_sentence(monkeypatch, tmp_path, run_script):
+    def fail():
+        raise ValueError("epoch_0000.pt does not match this model")
+
+    monkeypatch.setattr(script, "open_demos", fail)
+    assert run_script(script, tmp_path)[0] == "viewer.publish: epoch_0000.pt does not match this model"
+
+
 def test_page_without_a_server_offers_only_what_it_can_do(browser, site):
     with open_page(browser, site) as page:
         for text in ("Upload", "sent only to this page", "Save view", "Save training", "Train a tiny model"):
-            assert page.get_by_text(text).is_hidden()
+            found = page.get_by_text(text)
+            assert found.count() == 1 and found.is_hidden()
         assert "python app.py" in page.get_by_text("To see your own images").inner_text()
+        page.locator("[data-scope=model][data-pin='1']").click()  # in epoch 0
+        page.wait_for_selector("text=gates can be pinned after the last epoch")
         for scheme, is_dark in (("light", False), ("dark", True)):
             page.emulate_media(color_scheme=scheme)
             color = page.evaluate("getComputedStyle(document.querySelector('.viewer')).color")

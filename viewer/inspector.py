@@ -52,13 +52,13 @@ class AttentionInspector:
         snapshots = max(len(models), MAX_SNAPSHOTS if run_dir else 1)
         self._cached_maps = lru_cache(max(CACHE_BYTES // bytes_per_image, 2 * snapshots))(self._compute_maps)
         self._opening = run_on_worker(lru_cache(maxsize=1)(self._find_opening))
-        self._started = snapshot_files(run_dir)[0].stat().st_mtime_ns if run_dir else 0
+        self.started = snapshot_files(run_dir)[0].stat().st_mtime_ns if run_dir else 0
 
     @run_on_worker
     def refresh(self) -> "AttentionInspector":
         """Load the snapshots that the run has written since. Returns another inspector if a new run took its folder."""
         files = snapshot_files(self.run_dir) if self.run_dir else []
-        if files and files[0].stat().st_mtime_ns != self._started:
+        if files and files[0].stat().st_mtime_ns != self.started:
             return open_run(self.run_dir, self.name)
         self.models += map(open_model, files[len(self.models) :])
         return self
@@ -250,7 +250,7 @@ def open_run(run_dir: str | Path, name: str = "") -> AttentionInspector:
         raise FileNotFoundError(f"there is no folder {run_dir}")
     models = [open_model(file) for file in snapshot_files(run_dir)]
     if not models:
-        raise FileNotFoundError(f"{run_dir} has no snapshots; pass a run folder of train_cifar.py with --run")
+        raise FileNotFoundError(f"{run_dir} has no snapshots; pass a run folder of train_cifar.py or train_imagenet.py")
     return AttentionInspector(name or run_dir.name, models, run_dir)
 
 

@@ -75,7 +75,7 @@ def main():
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
     try:
         publish(open_demos(), parser.parse_args().folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"viewer.publish: {error}")
 
 

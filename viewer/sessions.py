@@ -84,7 +84,7 @@ class TrainingQueue:
         run_dir = self.folder / str(time.time_ns())  # a new path for every run: app.py caches models by path
         command = ["nice", sys.executable, SCRIPT, *RECIPE, "--epochs", str(EPOCHS), "--run", run_dir]
         env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # idle threads leave the cores to the server
-        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        quiet = dict.fromkeys(("stdin", "stdout"), subprocess.DEVNULL)  # errors go to the server's log
         self.process = subprocess.Popen(command, cwd=self.folder, env=env, **quiet)
         self.started, self.earlier_run = time.time(), self.run_dirs.pop(session, None)
         self.run_dirs[session] = run_dir

@@ -50,7 +50,7 @@ function morph(parent, wanted) {
 // localStorage or sessionStorage, or a substitute where the user has disabled them.
 export function storage(name, substitute) {
   try {
-    return window[name];
+    return window[name] ?? substitute;
   } catch {
     return substitute;
   }

@@ -7,6 +7,8 @@ import { allHeads, allLayers, changedGate, gatedLayers, gateOf, hasGates, headMa
 
 export const gateColor = (gate) =>
   `color-mix(in oklab, var(--position) ${(100 * gate).toFixed(1)}%, var(--content))`;
+export const formatGate = (gate) =>
+  gate.toFixed(Math.abs(gate - 0.5) < 0.005 ? 3 : 2); // 0.496 is below 0.5
 export const arrowOf = (right, down) => "↖↑↗←•→↙↓↘"[3 * (down + 1) + right + 1];
 
 // One card per head, laid out as the taps: head h in row h % rows, column floor(h / rows).
@@ -16,14 +18,13 @@ export function drawHeads() {
   render(".heads-title", `The ${allHeads().length} heads of layer ${number}`);
   render(".heads-hint", isGated
     ? `Laid out as the taps of a convolution kernel${startsLocal()
-      ? "; arrows show where heads look before training" : ""}.`
+      ? ": each head stands where it looks before training (arrows)" : ""}.`
     : `Layer ${number} is plain self-attention: its heads have no gate and no position map.`);
   find(".heads").style.gridTemplateColumns = `repeat(${kernelColumns}, minmax(0, 1fr))`;
   render(".heads", allHeads().map((tap) => {
     const head = Math.floor(tap / kernelColumns) + (tap % kernelColumns) * kernelRows;
     const gate = gateOf(state.layer, head);
-    const digits = Math.abs(gate - 0.5) < 0.005 ? 3 : 2; // 0.496 is below 0.5
-    const [label, distance] = [gate.toFixed(digits), meanDistance(head).toFixed(1)];
+    const [label, distance] = [formatGate(gate), meanDistance(head).toFixed(1)];
     const side = gate > 0.5 ? "mostly position" : "mostly content";
     const changed = changedGate(state.layer, head) === undefined ? "" : "changed";
     return html`<div class="head ${changed}" data-head="${head}" data-gate="${gate.toFixed(3)}"
@@ -85,10 +86,11 @@ export function drawHeatmap() {
   const cell = (layer, head) => {
     const gate = gateOf(layer, head);
     const isCurrent = layer === state.layer;
-    const title = `layer ${layer + 1}, head ${head + 1}: gate ${gate.toFixed(2)}`;
+    const title = `layer ${layer + 1}, head ${head + 1}: gate ${formatGate(gate)}`;
     return html`<button class="cell ${isCurrent ? "current-layer" : ""}" data-layer="${layer}"
       data-cell="${head}" tabindex="${layer === tabLayer && head === state.head ? 0 : -1}"
-      style="background: ${gateColor(gate)}" title="${title}" aria-label="${title}"></button>`;
+      style="background: ${gateColor(gate)}" title="${title}" aria-label="${title}"
+      aria-current="${isCurrent && head === state.head}"></button>`;
   };
   find(".gate-scale").hidden = gated.length === 0;
   render(".gate-heatmap", gated.length === 0 ? "" : html`<span>head</span>
@@ -110,10 +112,12 @@ export function headOf({ dataset: { head, curve, cell, layer = state.layer } }) 
 }
 
 // Highlight the hovered head, or else the selected one; in the cards, both.
-export function drawSelection(hovered = null) {
+export function drawSelection() {
+  const hovered = find(":is([data-head], [data-curve], [data-cell]):hover");
+  const highlighted = (hovered && headOf(hovered)) ?? state.head;
   for (const node of findAll("[data-head], [data-curve], [data-cell]")) {
     const head = headOf(node);
     const isSelectedCard = node.dataset.head && head === state.head;
-    node.classList.toggle("selected", isSelectedCard || head === (hovered ?? state.head));
+    node.classList.toggle("selected", isSelectedCard || head === highlighted);
   }
 }

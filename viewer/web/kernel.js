@@ -1,7 +1,7 @@
 // Tab 3: one head controlled by hand.
 
 import { find, html, on, onClick, render } from "./dom.js";
-import { arrowOf, mapMarkup } from "./heads.js";
+import { arrowOf, formatGate, mapMarkup } from "./heads.js";
 import { paintMap, POSITION } from "./hero.js";
 import { axisAttention, clamp, positionMap } from "./maps.js";
 import { centerPatch, currentEpoch, gateOf, hasGates, numPatches, placeOf,
@@ -114,6 +114,6 @@ function copyHead() {
   const share = Math.round(100 * (1 - gate));
   const [right, down] = [x, y].map((slope) => slope / (-2 * curvature) || 0); // 0/0: uniform
   setKernel({ strength: -curvature, right, down },
-    `${name}: its position map. Its gate is ${gate.toFixed(2)}, so ${share}% of its attention `
+    `${name}: its position map. Its gate is ${formatGate(gate)}, so ${share}% of its attention `
     + "comes from content, which this tab does not show.");
 }

@@ -1,7 +1,7 @@
 // Starts the page, and handles the events of its controls.
 
 import { nearestEpoch } from "./charts.js";
-import { findAll, on, onClick, render, viewer } from "./dom.js";
+import { find, findAll, on, onClick, render, viewer } from "./dom.js";
 import { drawSelection, headOf } from "./heads.js";
 import { allHeads, changedGate, changedGates, gatedLayers, headMaps, isGrowing, isOwn, patchAt,
   placeOf, SESSION, state } from "./state.js";
@@ -25,6 +25,7 @@ export async function start(server, isStatic = false) {
   }
   state.server = server;
   viewer.classList.toggle("static", isStatic);
+  viewer.classList.toggle("framed", window !== window.top); // as on Hugging Face
   if (!isStatic) bindFiles();
   while (!(await showUrl())) {
     await new Promise((resolve) => { setTimeout(resolve, 2000); }); // the server may be restarting
@@ -43,9 +44,13 @@ async function showUrl() {
   const [tab, model] = ["tab", "model"].map((name) => urlOf(hash).get(name) ?? "");
   if (findAll("[data-tab]").some(({ dataset }) => dataset.tab === tab)) state.tab = tab;
   const key = model === TRAINED ? SESSION : model;
-  const isShown = await showModel(key, hash) || (key !== "" && await showModel("", ""));
-  if (isShown && tab === "help") openTour();
-  return isShown;
+  if (!(await showModel(key, hash))) {
+    const reason = find(".error").textContent;
+    if (key === "" || !(await showModel("", ""))) return false;
+    render(".error", reason);
+  }
+  if (tab === "help") openTour();
+  return true;
 }
 
 // Models, tabs, training time, and pins.
@@ -126,10 +131,7 @@ bindArrows(".gate-heatmap", ".cell", () => allHeads().length);
 onClick("[data-head]", ({ head }, event) => {
   if (!event.target.closest(".gate")) navigate({ head: Number(head) });
 });
-document.addEventListener("pointerover", ({ target }) => {
-  const node = target.closest("[data-head], [data-curve], [data-cell]");
-  drawSelection(node && headOf(node));
-});
+document.addEventListener("mouseover", drawSelection);
 for (const type of ["input", "change"]) { // the model runs when the slider is released
   on(".heads", type, ({ target }) => {
     const gate = [`${state.layer},${headOf(target.closest(".head"))}`, target.valueAsNumber];
@@ -156,5 +158,5 @@ onClick(".save-csv", () => {
     (gates ?? []).map((gate, head) =>
       [epochs[snapshot], layer + 1, head + 1, gate, changedGate(layer, head)].join())));
   const text = ["epoch,layer,head,gate,changed_gate", ...rows, ""].join("\n");
-  download("convit-gates.csv", URL.createObjectURL(new Blob([text], { type: "text/csv" })));
+  download("convit-gates.csv", `data:text/csv,${encodeURIComponent(text)}`);
 });

@@ -25,8 +25,7 @@ export function positionMap([slopeX, slopeY, curvature], query, [rows, columns])
 // Content map of a head for one query patch, from the bytes 255 C / peak of all heads and patches.
 export function contentMap(bytes, peak, head, query, numPatches) {
   const start = (head * numPatches + query) * numPatches;
-  const map = new Float64Array(bytes.subarray(start, start + numPatches));
-  return map.map((value) => (value / 255) * peak);
+  return Float64Array.from(bytes.subarray(start, start + numPatches), (byte) => byte / 255 * peak);
 }
 
 // The smallest of the largest values that together hold this fraction of a map.

@@ -111,7 +111,7 @@ function reach() {
   if (target.length && !target.includes(state.query)) {
     const share = (snapshot) => percent(attentionToTarget(state.query, snapshot));
     return `From the framed patch, ${name} puts ${share(state.snapshot)} of its attention on the `
-      + `texture of the same color${since(share)}.`;
+      + `dashed texture${since(share)}.`;
   }
   const distance = (snapshot) => meanDistance(state.head, snapshot).toFixed(1);
   return `On average, ${name} looks ${distance(state.snapshot)} patches away${since(distance)}.`;
@@ -186,9 +186,10 @@ function facts() {
   const left = final.filter((value) => value < 0.5).length;
   const { content, position } = masking.masked_in_first_layers ?? {};
   return [
-    `Model: ${name}; layers with gates: ${gatedLayers().length}, ${allHeads().length} heads each, `
+    `Model: ${name}. Layers with gates: ${gatedLayers().length}, ${allHeads().length} heads each, `
       + `${grid[0]} × ${grid[1]} patches, ${classes.length} classes.`,
-    final.length && `${left} of ${final.length} heads end with a gate below 0.5.`,
+    final.length && `${left} of ${final.length} heads ${isGrowing() ? "now have" : "end with"} a `
+      + "gate below 0.5.",
     content && `Test accuracy ${content[0].toFixed(1)}%; with all gates pinned to position `
       + `(content masked) ${content.at(-1).toFixed(1)}%, to content `
       + `${position.at(-1).toFixed(1)}%.`,

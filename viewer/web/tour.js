@@ -26,20 +26,18 @@ export function openTour() {
 }
 
 function close() {
-  Object.assign(storage("localStorage", {}), SEEN);
   find(".tour").hidden = true;
   find(".tour-target").classList.remove("tour-target");
   find(".open-tour").focus({ preventScroll: true });
+  Object.assign(storage("localStorage", {}), SEEN); // last: a full storage raises an error
 }
 
 export function bindTour() {
   const next = () => (steps[current + 1] ? show(current + 1) : close());
   const back = () => show(Math.max(current - 1, 0));
-  onClick(".open-tour", openTour);
-  onClick(".tour-next", next);
-  onClick(".tour-back", back);
-  onClick(".tour-skip", close);
   const keys = { Escape: close, ArrowLeft: back, ArrowRight: next };
+  onClick(".open-tour", openTour);
+  onClick("[data-tour]", ({ tour }) => keys[tour]());
   on(".tour", "keydown", ({ key }) => keys[key]?.());
   // where storage is disabled, it must not open at every visit
   if (!storage("localStorage", SEEN)["convit-tour"] && find(".tour").hidden) openTour();

@@ -22,7 +22,7 @@ export async function train(action) {
   if (!status) return poll(5000);
   const { state: phase, epoch } = status;
   const busy = phase === "waiting" || phase === "training";
-  state.hasOwn = epoch >= 0;
+  if (phase !== "waiting") state.hasOwn = epoch >= 0; // then, an earlier model remains
   const hasEnded = !busy && !state.stopped;
   state.stopped = !busy;
   showStatus(status, busy);
@@ -65,9 +65,7 @@ export async function loadNewSnapshots() {
   if (!answer || key !== state.key || !maps) return;
   const shown = Math.min(maps.length, model.epochs.length); // maps may be ahead of the description
   const count = answer.epochs.length;
-  // within a run, the gates of a snapshot do not change
-  const identity = ({ grid, gate }) => String([grid, gate.slice(0, shown)]);
-  if (identity(answer) !== identity(model)) return showModel(key, ""); // a new run in this folder
+  if (answer.started !== model.started) return showModel(key, ""); // a new run in this folder
   if (count === shown && answer.curves?.epochs.length === model.curves?.epochs.length) return;
   state.model = answer;
   await navigate(snapshot === shown - 1 ? { snapshot: count - 1 } : {});

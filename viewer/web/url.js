@@ -1,7 +1,7 @@
 // The hash of the URL contains the view, so that it can be shared and reloaded.
 
-import { allHeads, allLayers, allPatches, changedGate, currentEpoch, gatedLayers, isOwn, KINDS,
-  placeOf, state } from "./state.js";
+import { allHeads, allLayers, allPatches, currentEpoch, gatedLayers, isOwn, KINDS, placeOf,
+  state } from "./state.js";
 
 // stands for the key of the session's own model, which is private
 export const TRAINED = "trained-here";
@@ -11,7 +11,8 @@ export const urlOf = (hash) => new URLSearchParams(hash.slice(1));
 // "2,5" is row 2, column 5.
 const formatPatch = (patch) => placeOf(patch).map((index) => index + 1).reverse().join();
 
-// The view that a hash contains; what is missing or does not fit the model is as the model opens; the kind of map stays as it is.
+// The view that a hash contains. What is missing, or does not fit the model, is as the model opens;
+// the kind of map stays as it is.
 export function parseView(hash) {
   const url = urlOf(hash);
   const { epochs, examples, opening } = state.model;
@@ -27,25 +28,17 @@ export function parseView(hash) {
   };
 }
 
-// "2:1" is all heads of layer 2 at 1, "4.5:0.3" head 5 of layer 4 at 0.3.
+// "4.5:0.3;4.6:1" is head 5 of layer 4 at 0.3, and head 6 at 1.
 function parseGates(text) {
-  const gates = new Map();
-  for (const [, layer, head, value] of text.matchAll(/(\d+)(?:\.(\d+))?:([\d.]+)/g)) {
-    if (!gatedLayers().includes(layer - 1) || !(value >= 0 && value <= 1)) continue;
-    const heads = allHeads().filter((other) => head === undefined || other === head - 1);
-    for (const other of heads) gates.set(`${layer - 1},${other}`, Number(value));
-  }
-  return gates;
+  const parts = [...text.matchAll(/(\d+)\.(\d+):([\d.]+)/g)];
+  return new Map(parts.map((part) => part.slice(1).map(Number))
+    .filter(([layer, head, gate]) => gatedLayers().includes(layer - 1)
+      && allHeads().includes(head - 1) && gate <= 1)
+    .map(([layer, head, gate]) => [`${layer - 1},${head - 1}`, gate]));
 }
 
-function formatGates() {
-  return gatedLayers().flatMap((layer) => {
-    const gates = allHeads().map((head) => changedGate(layer, head));
-    if (gates[0] !== undefined && new Set(gates).size === 1) return `${layer + 1}:${gates[0]}`;
-    return gates.flatMap((gate, head) =>
-      (gate === undefined ? [] : `${layer + 1}.${head + 1}:${gate}`));
-  }).join(";");
-}
+const formatGates = () => [...state.gates].map(([key, gate]) =>
+  `${key.split(",").map((index) => Number(index) + 1).join(".")}:${gate}`).join(";");
 
 // The hash of the current view.
 export function formatView() {
