@@ -59,8 +59,9 @@ forkserver.set_forkserver_preload(["experiments.reproduce", "train_imagenet", "p
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test starts with the same random seed."""
+    """Every test starts with the same random seed, and in full float32 precision."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
 
 
 def perturb(model: torch.nn.Module) -> torch.nn.Module:
@@ -176,7 +177,8 @@ def serving(folder: Path, *flags, space: bool = False):
 
 @pytest.fixture(scope="session")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-dev.txt")
+    from playwright import sync_api as api
+
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with api.sync_playwright() as playwright:
         if not Path(chromium or playwright.chromium.executable_path).exists():

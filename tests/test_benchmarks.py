@@ -10,8 +10,6 @@ import torch
 from conftest import CONFIG, forkserver, perturb
 from PIL import Image
 
-pytest.importorskip("timm", reason="pip install -r requirements-dev.txt")
-
 from benchmarks import data_loading, model, timing
 from convit_min import MODELS, ConViT
 
@@ -27,6 +25,8 @@ def test_all_variants_have_the_same_shape(name):
         variants = [build(MODELS[name]) for build in model.VARIANTS.values()]
         sizes = [sum(param.numel() for param in module.parameters()) for module in variants]
         assert max(sizes) < 1.01 * min(sizes), sizes
+        heads = {block.attn.num_heads for module in variants for block in module.blocks}
+        assert heads == {MODELS[name].num_heads}
         images = torch.zeros(1, 3, *MODELS[name].image_shape)
         assert {module(images).shape for module in variants} == {(1, MODELS[name].num_classes)}
 

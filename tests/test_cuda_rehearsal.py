@@ -103,8 +103,9 @@ def marked_steps(mark):
         mark(False)
 
     def end(run, step, lr):
-        mark(False)
+        mark((step + 1) % run.steps_per_epoch > 0)  # the last step of an epoch reports the loss and saves: it waits
         after_step(run, step, lr)
+        mark(False)
 
     with patch.object(Run, "steps", begin), patch.object(Run, "after_step", end):
         yield

@@ -90,10 +90,11 @@ def test_numbers_in_the_text_are_those_of_the_runs(number):
     row = next(
         line for line in (RESULTS / "exercises.md").read_text().splitlines() if line.startswith(f"| {exercise.title} |")
     )
-    mean_std, mean_gate, *_ = row.split(" | ")[1:]
+    mean_std, mean_gate, _, heads = row.removesuffix(" |").split(" | ")[1:]
     section = re.split(r"^## \d+\. ", TEXT, flags=re.MULTILINE)[1 + list(EXERCISES).index(number)]
     percent = re.sub(r" \((\d+)\)%$", r"% (\1 seeds)", f"{mean_std}%")
     assert f"</summary>\n\n{percent}, mean gate {mean_gate}" in section
+    assert re.search(rf"\b{float(heads):g}( of 45)? heads? (below 0\.5|end content-dominated)", section)
 
 
 def test_runs_of_other_parameters_are_to_be_opened_alone(monkeypatch):

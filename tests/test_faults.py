@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from training import checkpoint, distributed
 from training.config import build_model
 from training.data import InMemoryData
 from training.distributed import Stopped, UserError
+from training.evaluation import evaluate_weights
 from training.optim import learning_rate
 from training.patterns import patterns
 from training.run import Run
@@ -68,6 +70,8 @@ def run_in_child(name: str, flags: list, log: Path, file_limit: int | None, prep
 class Script:
     """A training script in a separate process, by default with the small model."""
 
+    started: ClassVar = []  # for no_leftovers
+
     def __init__(
         self,
         log: Path,
@@ -77,6 +81,7 @@ class Script:
         prepare: Callable = train_quickly,
     ):
         self.log = log
+        Script.started.append(self)
         self.process = forkserver.Process(target=run_in_child, args=(name, list(flags), log, file_limit, prepare))
         self.process.start()
 
@@ -91,6 +96,15 @@ class Script:
         while not file.exists():
             assert self.process.is_alive() and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.005)
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers():
+    """No script outlives its test, even if that fails."""
+    yield
+    while Script.started:
+        if (process := Script.started.pop().process).is_alive():
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -140,41 +154,50 @@ def saved_at(run: Path) -> int:
     return (run / "last.pt").stat().st_mtime_ns if (run / "last.pt").exists() else 0
 
 
-def test_run_killed_six_times_ends_bitwise_identical(tree, reference_run, tmp_path):
+def test_run_killed_several_times_ends_bitwise_identical(tree, reference_run, tmp_path):
     run, moments = tmp_path / "killed", random.Random(1)
     flags = ["--data-dir", tree, "--run", run, *QUICK, "--save-every", "1"]
-    for kills in range(6):
+    kills = 0
+    while kills < 6:
         before = saved_at(run)
         script = Script(tmp_path / "log", *flags, *(["--resume"] if before else []))
         while saved_at(run) == before:
             assert script.process.is_alive(), script.log.read_text()
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.04))
-        assert script.process.is_alive(), f"finished after {kills} kills"
+        if not script.process.is_alive():
+            break  # on a busy machine, it may have finished
         script.process.kill()
         script.process.join()
+        kills += 1
+    assert kills > 2
     status, output = Script(tmp_path / "log", *flags, "--resume").wait()
     assert status == 0, output
     assert_same_run(reference_run, run)
-    assert len(json.loads((run / "provenance.json").read_text())) > 1
 
 
-def become_worker():
-    """In a child process: become the only worker of a torchrun agent; a step lasts until both signals have arrived."""
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def stop_in_step_4(count: int):
+    """In a child process: step 4, after a save, lasts until so many signals have arrived; two: as the only worker of torchrun."""
+    if count == 2:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     train_quickly()
     after_step = Run.after_step
-    Run.after_step = lambda run, *args: time.sleep(0.5 * bool(run.signals)) or after_step(run, *args)
+
+    def wait(run, step, lr):
+        deadline = time.monotonic() + 20
+        while step == 3 and len(run.signals) < count and time.monotonic() < deadline:
+            time.sleep(0.001)
+        after_step(run, step, lr)
+
+    Run.after_step = wait
 
 
 @pytest.mark.parametrize(
-    ("number", "count", "prepare"),
-    [(signal.SIGINT, 1, train_quickly), (signal.SIGTERM, 2, become_worker)],
-    ids=["SIGINT", "SIGTERM twice, by torchrun"],
+    ("number", "count"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)], ids=["SIGINT", "SIGTERM twice, by torchrun"]
 )
-def test_signal_loses_no_step(tree, reference_run, tmp_path, number, count, prepare):
+def test_signal_loses_no_step(tree, reference_run, tmp_path, number, count):
     run = tmp_path / "stopped"
-    script = Script(tmp_path / "log", "--data-dir", tree, "--run", run, *QUICK, prepare=prepare)
+    script = Script(tmp_path / "log", "--data-dir", tree, "--run", run, *QUICK, prepare=partial(stop_in_step_4, count))
     script.wait_for(run / "last.pt")
     for _ in range(count):
         os.kill(script.process.pid, number)
@@ -183,7 +206,7 @@ def test_signal_loses_no_step(tree, reference_run, tmp_path, number, count, prep
     assert status == 128 + number and "Traceback" not in output
     step = int(re.search(r"stopped and saved after step (\d+)", output)[1])
     state = torch.load(run / "last.pt", weights_only=True)["train_state"]
-    assert step == (state["epoch"] - 1) * 7 + state["step_in_epoch"]
+    assert step == 4 == (state["epoch"] - 1) * 7 + state["step_in_epoch"]
 
     status, output = Script(tmp_path / "log", "--run", run, "--resume").wait()
     assert status == 0, output
@@ -224,7 +247,14 @@ def become_rank(rank: int, port: int):
 def become_waiting_rank(rank: int, port: int, ready: Path):
     """The same; an error of rank 1 is not printed before a signal arrives."""
     become_rank(rank, port)
-    distributed.time = SimpleNamespace(sleep=lambda seconds: seconds and (ready.touch(), signal.pause()))
+
+    def sleep(seconds: int):
+        """abort() sleeps for its local rank before it prints: rank 1 stops here, until the SIGTERM of torchrun."""
+        if seconds:
+            ready.touch()
+            signal.pause()
+
+    distributed.time = SimpleNamespace(sleep=sleep)
 
 
 def test_full_disk_on_rank_0_stops_all_ranks(tree, tmp_path):
@@ -409,13 +439,54 @@ def test_best_weights_survive_a_resume(train, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", [{"amp": "bf16"}, {"compile": True}], ids=["amp", "compile"])
 def test_mixed_precision_and_compilation_train_the_same_model(how, train, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled, compile_model = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(1) or compile_model(model, backend="aot_eager"))
     for name, values in (("plain", {}), ("other", how)):
         train(run=tmp_path / name, epochs=1, **values)
+    assert len(compiled) == ("compile" in how)
     plain, other = (read_metrics(tmp_path / name)[1]["train_loss"] for name in ("plain", "other"))
     assert other == pytest.approx(plain, rel=0.02) and (other != plain or "compile" in how)
     files = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("plain", "other")]
     assert files[0]["model"].keys() == files[1]["model"].keys()
+
+
+def test_speed_excludes_the_first_step_of_an_epoch(train, tmp_path, monkeypatch):
+    """It may compile: here, it takes a minute, and the other two take two seconds."""
+    clock = [0.0]
+
+    def slow_step(step, *args):
+        clock[0] += 60 if step % 3 == 0 else 2
+        return learning_rate(step, *args)
+
+    monkeypatch.setattr(train_cifar, "learning_rate", slow_step)
+    timers = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: clock[0])
+    monkeypatch.setattr("training.run.time", timers)
+    train()
+    assert [row["images_per_second"] for row in read_metrics(tmp_path / "run")[1:]] == [4, 4]  # 2 x 8 images in 4 s
+
+
+def test_run_is_continued_and_evaluated_from_its_config(train, tmp_path):
+    """As docs/distributed.md says for notebooks."""
+    train(epochs=1)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    train_cifar.train(train_cifar.Config(**saved | {"resume": True, "epochs": 2}))
+    assert len(read_metrics(tmp_path / "run")) == 3
+    evaluate_weights(train_cifar.Config(**saved | {"eval": True, "weights": None}), InMemoryData)
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["weights"] == f"{tmp_path}/run/best.pt"
+
+
+def test_missing_gpus_and_types_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="finds no CUDA device on this machine; use --device cpu"):
+        distributed.init("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="--nproc-per-node exceeds the 2 GPUs"):
+        distributed.init("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    with pytest.raises(UserError, match="does not support bf16: use --amp fp16"):
+        train_cifar.Config(device="cuda", amp="bf16").check(50_000)
 
 
 def test_run_older_than_a_flag_is_resumed(train, tmp_path):
@@ -549,13 +620,15 @@ def test_run_folder_in_use_is_refused(tree, tmp_path, run_script):
     before = (run / "config.json").read_text()
     status, output = run_script(train_cifar, "--run", run, "--resume", "--lr", "0.5")
     assert status == 1 and "another process is training in" in output
-    assert (run / "config.json").read_text() == before
+    assert (run / "config.json").read_text() == before and first.process.is_alive()
     first.process.kill()
     first.process.join()
 
 
 def children_of(pid: int) -> list[int]:
     """Child processes of a process, the oldest first."""
+    if not shutil.which("ps"):
+        pytest.skip("ps is missing: apt install procps")
     table = subprocess.check_output(["ps", "-Ao", "ppid=,pid="], text=True)
     return sorted(int(child) for parent, child in map(str.split, table.splitlines()) if int(parent) == pid)
 

@@ -57,7 +57,7 @@ def test_predictions_of_a_path_bytes_image_and_array_agree(demo, photo, tmp_path
             predict(demo, image)
     with Image.open(tmp_path / "photo.png") as closed:
         pass
-    noise = Image.effect_noise((256, 256), 60)
+    noise = Image.effect_noise((512, 512), 60)  # more than one IDAT chunk
     noise.save(tmp_path / "noise.png")
     first, rest = (tmp_path / "noise.png").read_bytes().split(b"IDAT", 1)
     damaged = first + b"IDAT" + rest.replace(b"IDAT", b"!!!!", 1)

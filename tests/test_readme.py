@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import urllib.request
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import CONFIG, DEMO, ROOT, perturb, serving
@@ -50,13 +52,20 @@ def code_lines(text: str) -> list[str]:
 
 
 def find_commands() -> list[str]:
-    """All commands of our scripts in the documentation, without what precedes "train_imagenet.py" and the like."""
+    """All commands of our scripts in the documentation and in docstrings, which --help prints.
+
+    Without what precedes "train_imagenet.py" and the like.
+    """
+    folders = "", "viewer/", "experiments/", "benchmarks/"
+    scripts = [file for folder in folders for file in ROOT.glob(f"{folder}*.py")]
+    docstrings = [ast.get_docstring(ast.parse(file.read_text())) or "" for file in scripts]
     commands = set()
-    for text in TEXTS.values():
+    for text in [*TEXTS.values(), *docstrings]:
         for line in [*code_lines(text), *re.findall(r"`(python [^`]+)`", text)]:
             if match := re.search(r"(?:-- |python )((?:-m \w+\.|\w+\.py).*)", line):
-                commands.add(" ".join(shlex.split(match[1].rstrip("'"), comments=True)))
-    return sorted(command for command in commands if "$" not in command)
+                command = re.split(r"\s{2,}", match[1].rstrip("'"))[0]  # a description may follow
+                commands.add(" ".join(shlex.split(command, comments=True)))
+    return sorted(command for command in commands if "$" not in command and "..." not in command)
 
 
 def anchors(text: str) -> set[str]:
@@ -250,6 +259,50 @@ def test_planned_contrasts_have_a_result_once_they_are_complete():
     assert old == {name for name in on_10 if name.startswith(("tune", "convit-10%", "vit-10%"))}
 
 
+def test_measurements_in_sentences_equal_the_results():
+    def results(name: str) -> dict:
+        return json.loads((ROOT / f"results/benchmarks/{name}.json").read_text())
+
+    vit = read_runs(ROOT / "results/cifar10/runs.jsonl")["vit"]["metrics"]
+    minutes = [sum(50_000 / row["images_per_second"] for row in run[1:]) / 60 for run in (read_metrics(DEMO), vit)]
+    rows = {row["variant"]: row for row in results("model-cpu-fp32")["scaling"] if row["size"] == 640}  # one image each
+    steps = [
+        value
+        for name in ("ours", "timm ViT, same shape", "timm ConViT")
+        for value in (1 / rows[name]["train"]["images_per_second"], rows[name]["memory"]["mib"])
+    ]
+    loading = results("data_loading")["seconds"]
+    speedup = [
+        loading[f"torchvision, in the worker{name}"] / loading[f"ours, in the worker{name}"]
+        for name in ("", ", without RandAugment")
+    ]
+    samples = list(results("viewer")["milliseconds"].values())
+    _, hover, snapshot, layer, upload, _, clients = map(statistics.median, samples)
+    slow = statistics.quantiles(samples[-1], n=20)[-1] / 1000
+    memory = results("viewer")["mebibytes"]["after"]
+    sentences = {
+        "README.md": [f"took {minutes[0]:.1f} minutes"],
+        "docs/results.md": [f"| **84.1** | {minutes[0]:.1f} minutes |", f"| 78.2 | {minutes[1]:.1f} minutes |"],
+        "docs/benchmarks.md": [
+            "takes {:.2f} s and {:.0f} MiB per image, against {:.2f} s and {:.0f} MiB for the plain ViT and {:.2f} s "
+            "and {:.0f} MiB for timm's ConViT".format(*steps),
+            f"{speedup[0]:.2f} times as many as one with torchvision's",
+            f"without it, {speedup[1]:.2f} times",
+            f"in {hover:.1f} ms (median); changing the snapshot or the layer takes {snapshot:.0f} and {layer:.0f} ms",
+            f"an upload of 12 megapixels {upload / 1000:.2f} s",
+            f"response takes {clients:.0f} ms, the 95th percentile {slow:.2f} s",
+        ],
+        "docs/viewer.md": [
+            f"({hover:.1f} ms, median)",
+            f"in {clients:.0f} ms (median; 95th percentile: {slow:.1f} s)",
+            f"used {memory:.0f} MiB",
+        ],
+    }
+    for name, texts in sentences.items():
+        for text in texts:
+            assert text in " ".join(TEXTS[name].split()), text
+
+
 def test_estimated_time_of_the_grid():
     runs = list(read_runs(ROOT / "results/evidence/runs.jsonl").values())
     hours = sum(entry.get("wall_clock_s", 0) for run in runs for entry in run["provenance"]) / 3600
@@ -330,21 +383,24 @@ def test_requirements_list_what_is_imported():
 
 
 @pytest.fixture
-def workspace(tmp_path, monkeypatch, released):
+def workspace(tmp_path, monkeypatch, request):
     """A folder with an image and a run, where weights that would be downloaded are made up."""
     (tmp_path / "runs" / "cifar").mkdir(parents=True)
     shutil.copy(max((DEMO / "snapshots").iterdir()), tmp_path / "runs" / "cifar" / "best.pt")
     shutil.copy(get_image("cheetah1.jpg"), tmp_path / "cat.jpg")
     (tmp_path / "demo").symlink_to(DEMO.parent)
     monkeypatch.chdir(tmp_path)
-    deit = perturb(create_model("deit_tiny")).state_dict()
-    deit["pos_embed"] = torch.cat([deit["cls_token"], deit["pos_embed"]], dim=1)
-    files = {
-        "https://dl.fbaipublicfiles.com/convit/convit_tiny.pth": released.state_dict(),
-        "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth": {"model": deit},
-    }
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, file: torch.save(files[url], file))
+
+    def download(url: str, file: str):
+        if url == "https://dl.fbaipublicfiles.com/convit/convit_tiny.pth":
+            return torch.save(request.getfixturevalue("released").state_dict(), file)
+        assert url == "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth"
+        deit = perturb(create_model("deit_tiny")).state_dict()
+        deit["pos_embed"] = torch.cat([deit["cls_token"], deit["pos_embed"]], dim=1)
+        torch.save({"model": deit}, file)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
 
 
 @pytest.fixture
@@ -355,7 +411,6 @@ def released() -> torch.nn.Module:
 @pytest.fixture
 def timm_model(monkeypatch, released) -> torch.nn.Module:
     """What timm.create_model returns: `released`, which needs no download."""
-    timm = pytest.importorskip("timm", reason="timm is the reference; pip install -r requirements-dev.txt")
     model = timm.create_model("convit_tiny")
     model.load_state_dict(released.state_dict())
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: model)
@@ -423,12 +478,28 @@ def test_weights_of_timm_and_back(released, timm_model):
 
 
 def test_deit_goes_back_to_timm():
-    timm = pytest.importorskip("timm", reason="timm is the reference; pip install -r requirements-dev.txt")
     ours, theirs = perturb(create_model("deit_tiny")), timm.create_model("deit_tiny_patch16_224")
     state = ours.state_dict()
     exec(re.search(r'`(state\["pos_embed"\] = .+?)`', DOCS["docs/finetuning.md"])[1], {"state": state, "F": F})
     theirs.load_state_dict(state)
     assert same_logits(ours, theirs)
+
+
+def test_features_of_several_blocks():
+    variables = run_block("features of several blocks")
+    variables["backbone"](torch.randn(1, 3, 224, 224))
+    shapes = {index: features.shape for index, features in variables["features"].items()}
+    assert shapes == dict.fromkeys((3, 6, 9), (1, 196, 192))
+
+
+def test_pip_installs_the_model_alone():
+    text = (ROOT / "pyproject.toml").read_text()
+    modules, needed = (
+        ast.literal_eval(re.search(rf"^{name} = (\[.*\])$", text, re.MULTILINE)[1])
+        for name in ("py-modules", "dependencies")
+    )
+    assert modules == ["convit_min"] and {re.match(r"\w+", line)[0] for line in needed} == {"torch", "einops"}
+    assert set(needed) <= set((ROOT / "requirements.txt").read_text().splitlines())
 
 
 def test_features_for_any_image_size(workspace):
@@ -439,8 +510,8 @@ def test_features_for_any_image_size(workspace):
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_exported_model_takes_any_batch_and_size(tmp_path, monkeypatch):
     """With a small model instead of the demo, one block of either kind."""
-    pytest.importorskip("onnxscript", reason="pip install -r requirements-dev.txt")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-dev.txt")
+    import onnxruntime  # slow
+
     model = perturb(ConViT(replace(CONFIG, depth=2, gpsa_layers=1)))
     monkeypatch.setattr("weights.open_model", lambda _: model)
     monkeypatch.chdir(tmp_path)
@@ -491,8 +562,7 @@ def test_notebook_prints_what_it_shows(tmp_path):
 def test_hugging_face_space_and_python_client(workspace, tmp_path_factory, monkeypatch):
     """The front matter in docs/viewer.md is valid, matches requirements.txt, and the app starts as in a Space."""
     import gradio_client
-
-    hub = pytest.importorskip("huggingface_hub", reason="comes with gradio")
+    import huggingface_hub as hub
     from packaging.requirements import Requirement
 
     lines = re.search(r"^    ---\n(.*?)^    ---\n", DOCS["docs/viewer.md"], re.DOTALL | re.MULTILINE)[0]

@@ -277,12 +277,7 @@ def test_grid_command_trains_the_missing_runs(finished, fake_code, tmp_path, run
     assert len(records) == len(finished) and run_script(reproduce, *argv)[0] == 0  # nothing left to train
 
 
-@pytest.fixture
-def stats():
-    return pytest.importorskip("scipy.stats", reason="pip install -r requirements-dev.txt")
-
-
-def test_verdicts_and_intervals(stats):
+def test_verdicts_and_intervals():
     assert report.half_interval([3, 4, 5]) == pytest.approx(2.4841, abs=1e-4)  # t = 4.3027, standard error 1 / sqrt(3)
     assert math.isnan(report.half_interval([1.0]))
     assert report.verdict(0.04, 0.01) == "different, by less than 1.5 points"
@@ -297,7 +292,7 @@ def test_holm_adjusts_each_p_by_its_rank():
 
 
 @pytest.mark.filterwarnings("error")
-def test_report_of_tuning_runs_alone(finished, tmp_path, run_script, stats):
+def test_report_of_tuning_runs_alone(finished, tmp_path, run_script):
     undecided = "tune-vit-10%-lr0.002"
     tuning = {name: record for name, record in finished.items() if name[:4] == "tune" and name != undecided}
     write_records(tuning, tmp_path / "out")
@@ -311,7 +306,7 @@ def test_report_of_tuning_runs_alone(finished, tmp_path, run_script, stats):
 
 
 @pytest.mark.filterwarnings("error")
-def test_report_of_an_unfinished_grid(tmp_path, run_script, stats):
+def test_report_of_an_unfinished_grid(tmp_path, run_script):
     """Three pairs of one contrast, one pair of two, none of the last; a seed and an arm without their partners."""
     accuracy = {
         "convit-10%": {0: 60, 1: 61, 2: 62, 4: 0},
@@ -341,7 +336,7 @@ def test_report_of_an_unfinished_grid(tmp_path, run_script, stats):
 
 
 @pytest.mark.filterwarnings("error")
-def test_report_of_the_finished_grid(finished, tmp_path, run_script, stats):
+def test_report_of_the_finished_grid(finished, tmp_path, run_script):
     """Every setting has a label, and every contrast all of its pairs; a modified checkout is named as such."""
     means = {"vit-10%": 56, "convit-100%": 71, "vit-100%": 66}
 

@@ -8,6 +8,7 @@ import io
 import json
 import random
 import re
+import socket
 import sys
 import urllib.error
 import urllib.parse
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO, ROOT, SERVER_PIDS, assert_maps, open_page, page_map, perturb, serving
+from gradio_client import Client
 from PIL import Image
 
 import app
@@ -100,6 +102,8 @@ def test_non_square_grid_and_run_in_progress(browser, server, oblong):
         assert page.locator(".run-names li").all_inner_texts() == names
         assert page.locator(".models button").all_inner_texts() == names
         assert page.locator(".score-charts figure").count() == 2
+        curves = page.locator(".score-charts figure").first.locator("polyline, circle")
+        assert curves.count() == 3  # of all runs; one with a single epoch is a dot
         assert "test" not in page.locator(".score-charts").inner_text()
 
         page.add_init_script("const { setInterval } = window;"  # the page polls every five seconds
@@ -172,21 +176,26 @@ def test_page_of_released_weights(browser, tmp_path):
 
 def test_invalid_arguments_exit_with_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # it would outlast this test
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
     for flags, message in (
         (["--weights", "convit_huge"], "there is no file convit_huge, and no released model of that name"),
         (["--weights", __file__], "is damaged, or is not a PyTorch checkpoint"),
         (["--run", "nowhere"], "there is no folder nowhere"),
         (["--run", DEMO, tmp_path], "has no snapshots; pass a run folder"),
+        (["--run", DEMO, "--port", port], f"cannot listen on --host 127.0.0.1 --port {port}: "),
     ):
         monkeypatch.setattr(sys, "argv", ["app.py", *map(str, flags)])
         with pytest.raises(SystemExit) as exit_info:
             app.main()
         error = exit_info.value.code
         assert error.startswith("app.py: ") and message in error and "\n" not in error
+    taken.close()
 
 
 def test_api_returns_the_models_maps(server, oblong):
-    client = pytest.importorskip("gradio_client").Client(server, verbose=False)
+    client = Client(server, verbose=False)
     file = encode(Image.effect_noise((96, 64), 80).convert("RGB"))
     heads = client.predict(base64.b64encode(file).decode(), 2, 1, 3, 5, api_name="/heads")
     inspector = open_run(oblong)

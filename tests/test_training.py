@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import ROOT
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,7 +31,7 @@ from convit_min import attend, create_model
 from images import normalize
 from training import checkpoint
 from training.augment import mixup_cutmix, random_crop, random_erasing, random_hflip
-from training.config import parse_flags
+from training.config import RunConfig, parse_flags
 from training.data import InMemoryData, cifar_class, epoch_order, load_images, split_train_val, stratified_subset
 from training.distributed import UserError
 from training.image_folder import ImageFolderDataset, random_resized_crop
@@ -41,7 +42,6 @@ from training.run import Run
 from viewer.examples import load_examples
 from weights import load_weights, open_model
 
-ROOT = Path(__file__).parent.parent
 QUICK = ["--epochs", "2", "--batch-size", "8", "--device", "cpu"]
 
 
@@ -64,15 +64,13 @@ def tree(tmp_path) -> Path:
 
 
 @pytest.fixture
-def error_of(monkeypatch, capsys):
-    """The error of train_cifar.py for some flags."""
+def error_of(run_script):
+    """The output of train_cifar.py for some flags, which are refused."""
 
     def run(*flags) -> str:
-        monkeypatch.setattr(sys, "argv", ["train_cifar.py", *map(str, flags)])
-        with pytest.raises(SystemExit) as stopped:
-            train_cifar.main()
-        assert stopped.value.code in (1, 2)
-        return capsys.readouterr().err
+        status, output = run_script(train_cifar, *flags)
+        assert status in (1, 2)
+        return output
 
     return run
 
@@ -103,7 +101,7 @@ def test_run_folder_contents(tree, tmp_path, small_model, run_script):
     assert record["classes"] == ["blue", "green", "red"] and record["epoch"] == 2
     assert record["model"]["pos_embed"].dtype == torch.float16
     gates = torch.stack([record["model"][f"blocks.{layer}.attn.gating_param"].float() for layer in range(2)]).sigmoid()
-    torch.testing.assert_close(torch.tensor(metrics[2]["heads"]["gate"][:2]), gates, atol=2e-3, rtol=0)
+    torch.testing.assert_close(torch.tensor(metrics[2]["heads"]["gate"][:2]), gates, atol=3e-4, rtol=0)  # of the EMA
     assert metrics[2]["heads"]["gate"][2] == [None] * 9
     assert gates.std() > 1e-3  # they have begun to move
 
@@ -214,16 +212,24 @@ def test_fine_tuned_run_is_evaluated_with_its_own_weights(tree, tmp_path, run_sc
     assert config["epochs"] == 5 and config["weights"] == str(tmp_path / "first")  # those of the start
 
 
-def test_bugs_keep_their_traceback(tree, tmp_path, monkeypatch):
+def test_bugs_keep_their_traceback(tree, tmp_path, monkeypatch, run_script):
     def buggy(*_):
         raise ValueError("a bug")
 
     monkeypatch.setattr(train_cifar, "param_groups", buggy)
-    monkeypatch.setattr(
-        sys, "argv", ["train_cifar.py", "--data-dir", str(tree), "--run", str(tmp_path / "run"), *QUICK]
-    )
     with pytest.raises(ValueError, match="a bug"):
-        train_cifar.main()
+        run_script(train_cifar, "--data-dir", tree, "--run", tmp_path / "run", *QUICK)
+
+
+@pytest.mark.parametrize("script", [train_cifar, train_imagenet])
+def test_help_explains_every_flag(script, run_script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line breaks
+    status, text = run_script(script, "--help")
+    inherited = {field.name: field.metadata for field in dataclasses.fields(RunConfig)}
+    assert status == 0
+    for field in dataclasses.fields(script.Config):
+        assert re.search(rf"^  --{field.name.replace('_', '-')}\b", text, re.MULTILINE), field.name
+        assert (field.metadata or inherited[field.name])["help"] in text
 
 
 def test_diverging_loss_stops_the_run(tree, tmp_path, small_model, error_of):

@@ -114,6 +114,7 @@ def test_unusable_uploads_raise_one_sentence(inspector, photo):
         (b"<svg onload=alert(1)>", "has an unsupported format: convert it"),
         (encode_image(Image.new("RGB", (9, 9)), "PCX"), "has an unsupported format: convert it"),
         (encode_image(Image.new("1", (5001, 4000)), "PNG"), "has more than 20 megapixels"),
+        (encode_image(Image.new("L", (8000, 6300)), "JPEG"), "has more than 50 megapixels"),
         (encode_image(Image.new("1", (14_000, 14_000)), "PNG"), "is too large to decode"),
         (bytes(20 * 2**20 + 1), "is larger than 20 MB"),
     ):
@@ -161,7 +162,7 @@ def test_description_names_a_damaged_file(tmp_path):
 def test_new_run_in_the_same_folder_replaces_the_old_one(tmp_path):
     shutil.copytree(DEMO, tmp_path / "run")
     inspector = open_run(tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text('{"epochs": 60}')  # a resumed run
+    (tmp_path / "run" / "config.json").write_text('{"epochs": 6, "scale_epochs": true, "data_fraction": 0.1}')
     assert inspector.refresh().describe()["last_epoch"] == 60 and len(inspector.models) == 5
     for file in snapshot_files(tmp_path / "run"):
         file.unlink()

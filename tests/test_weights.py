@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import CONFIG, free_port, perturb
 from PIL import Image
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 
 from convit_min import ConViT, ConViTConfig, create_model, resize_pos_embed
 from images import normalize, preprocess
@@ -73,19 +75,14 @@ def test_save_and_load_round_trip(kind, tmp_path, monkeypatch):
     assert same_weights(trained, fresh)
 
 
-@pytest.fixture
-def safetensors():
-    return pytest.importorskip("safetensors.torch", reason="pip install safetensors")
-
-
-def test_safetensors(safetensors, tmp_path):
+def test_safetensors(tmp_path):
     trained, fresh = perturb(ConViT(CONFIG)), ConViT(CONFIG)
-    safetensors.save_file(trained.state_dict(), tmp_path / "weights.safetensors")
+    save_file(trained.state_dict(), tmp_path / "weights.safetensors")
     load_weights(fresh, tmp_path / "weights.safetensors")
     assert same_weights(trained, fresh)
 
 
-def test_download_is_cached_unless_it_is_damaged(safetensors, web_server, tmp_path, monkeypatch):
+def test_download_is_cached_unless_it_is_damaged(web_server, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     folder, url = web_server
     trained, fresh = perturb(ConViT(CONFIG)), ConViT(CONFIG)
@@ -94,11 +91,11 @@ def test_download_is_cached_unless_it_is_damaged(safetensors, web_server, tmp_pa
         with pytest.raises(ValueError, match=f"{name} is damaged, or is not a PyTorch checkpoint"):
             load_weights(fresh, f"{url}/{name}")
     torch.save(trained.state_dict(), folder / "weights.pt")
-    safetensors.save_file(trained.state_dict(), folder / "weights.safetensors")
+    save_file(trained.state_dict(), folder / "weights.safetensors")
     for name in ("weights.pt", "weights.safetensors"):
         for _ in range(2):
             fresh = ConViT(CONFIG)
-            load_weights(fresh, f"{url}/{name}")
+            load_weights(fresh, f"{url}/{name}?download=true")
             assert same_weights(trained, fresh)
             (folder / name).unlink(missing_ok=True)  # the second time, it comes from the cache
 
@@ -143,9 +140,8 @@ def test_weights_of_224_pixels_load_at_256_by_192(tmp_path):
 
 @pytest.mark.parametrize(("old", "new"), [((14, 14), (16, 12)), ((2, 8), (4, 4)), ((5, 7), (9, 3))])
 def test_resized_pos_embed_equals_timms(old, new):
-    layers = pytest.importorskip("timm.layers", reason="timm is the reference; pip install -r requirements-dev.txt")
     pos_embed = torch.randn(1, math.prod(old), 6)
-    expected = layers.resample_abs_pos_embed(pos_embed, list(new), list(old), num_prefix_tokens=0)
+    expected = resample_abs_pos_embed(pos_embed, list(new), list(old), num_prefix_tokens=0)
     torch.testing.assert_close(resize_pos_embed(pos_embed, old, new), expected)
 
 

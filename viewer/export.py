@@ -1,6 +1,8 @@
 """Exports what the page shows: a head and its layer as a PNG, or over training as an animated GIF.
 
-python -m viewer.export heads.gif --run runs/cifar --image cat.jpg --layer 4 --head 5
+From the shell, it makes the GIF of a run:
+
+    python -m viewer.export heads.gif --run runs/cifar --image cat.jpg --layer 4 --head 5
 """
 
 import argparse
