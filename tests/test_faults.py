@@ -177,7 +177,10 @@ def test_run_killed_several_times_ends_bitwise_identical(tree, reference_run, tm
 
 
 def stop_in_step_4(count: int):
-    """In a child process: step 4, after a save, lasts until so many signals have arrived; two: as the only worker of torchrun."""
+    """In a child process: step 4, after a save, lasts until so many signals have arrived.
+
+    If there are two, the process is the only worker of torchrun.
+    """
     if count == 2:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     train_quickly()
