@@ -145,7 +145,7 @@ class GPSA(nn.Module):
         self.qk = nn.Linear(dim, 2 * dim, bias=bias)
         self.v = nn.Linear(dim, dim, bias=bias)
         self.proj = nn.Linear(dim, dim)
-        self.pos_proj = nn.Linear(3, config.num_heads)  # row h of the weight is v_pos of head h
+        self.pos_proj = nn.Linear(3, config.num_heads)  # never called: row h of its weight is v_pos of head h
         self.pos_proj.bias.requires_grad_(False)  # unused: softmax cancels it; released checkpoints have it
         gates = torch.full((config.num_heads,), float(config.gate_init))
         self.gating_param = nn.Parameter(gates, requires_grad=config.gating == "learned")
