@@ -16,11 +16,11 @@ MAP_ELEMENTS = 2**20  # of one head that `head_statistics` holds in memory at on
 
 
 class HeadStatistics(NamedTuple):
-    """Statistics of all layers and heads; in self-attention layers, which lack position, NaN but for non_locality."""
+    """Statistics of every layer and head. In self-attention layers, without position, all but the last are NaN."""
 
     gate: Tensor  # l h: sigmoid(gating_param); 1 is position only, 0 content only
     center: Tensor  # l h 2: attention center (dx, dy) in patches, right and down are positive; NaN if strength is 0
-    strength: Tensor  # l h: locality strength alpha, for a width of 1 / sqrt(2 alpha); negative: it avoids the center
+    strength: Tensor  # l h: locality strength alpha (width: 1 / sqrt(2 alpha)); if negative, the head avoids its center
     non_locality: Tensor  # l h: mean attention distance in patches
 
 

@@ -52,7 +52,7 @@ class PageFiles(StaticFiles):
 WEB = Path(__file__).parent / "viewer" / "web"
 M_MMAP_THRESHOLD = -3  # in malloc.h
 LAUNCH_OPTIONS = {
-    "max_threads": 200,  # most wait for the one that computes; page files then have threads of their own
+    "max_threads": 200,  # most wait for the worker thread; page files keep the default pool
     "footer_links": [],
     "app_kwargs": {"middleware": [Middleware(limit_requests)], "routes": [Mount("/web", PageFiles(directory=WEB))]},
     "prevent_thread_lock": True,
@@ -145,7 +145,8 @@ def build_page(models: dict[str, AttentionInspector], compare: bool = False) -> 
             html_template=(WEB / "page.html").read_text(),
             css_template=(WEB / "page.css").read_text(),
             js_on_load='import(new URL("web/main.js", document.baseURI)).then((page) => page.start(server))'
-            '.catch(() => { element.querySelector(".error").textContent = "Please reload the page."; });',
+            '.catch((error) => { element.querySelector(".error").textContent = "Please reload the page.";'
+            "throw error; });",
             server_functions=list(map(json_errors, (describe, prepare_image, layer_maps, recompute, export, train))),
             apply_default_css=False,
             elem_id="viewer",

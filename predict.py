@@ -72,8 +72,8 @@ def main():
             raise ValueError(f"no images in {', '.join(map(str, args.images))}")
     except (ValueError, OSError) as error:
         sys.exit(f"predict.py: {error}")
-    for interruption in (signal.SIGPIPE, signal.SIGINT):  # end quietly when `| head` closes the pipe, and on Ctrl-C
-        signal.signal(interruption, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` closes the pipe,
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # and on Ctrl-C, with the results so far
     rows = csv.writer(sys.stdout)
     if args.csv:
         ranks = range(1, min(args.top, len(model.classes)) + 1)

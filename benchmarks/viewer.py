@@ -2,8 +2,8 @@
 
     python -m benchmarks.viewer        two minutes on two cores; needs requirements-dev.txt and Chromium
 
-Starts app.py, uses the page, and measures how long the browser takes to show the result. Then 20 clients each send one
-random request per second to the server, for a minute.
+Starts app.py, uses the page, and measures how long the browser takes to show the result. Then 20 clients each act once
+per second (an upload is two requests), for a minute.
 Writes results/benchmarks/viewer.{json,md} and viewer.png, a screenshot.
 """
 

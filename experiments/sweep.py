@@ -104,7 +104,7 @@ def train_run(folder: Path, flags: list[str], code: Path, run_lock: int):
         process.wait()
     if process.returncode == 0:
         append_run(folder.parent / "runs.jsonl", read_run(folder))
-    if interrupted:
+    if interrupted or process.returncode in (130, 143):  # a signal, to this process or to the training
         raise Stopped(f"stopped in the run {folder.name}; {RESUME_HINT}", 130)
     if process.returncode:
         raise UserError(f"the run {folder.name} failed; fix the cause, then {RESUME_HINT}")

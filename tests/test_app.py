@@ -319,7 +319,9 @@ def test_url_restores_the_view(page, browser):
         assert maps(other) == maps(page) and query(other) == 11
         assert other.locator(".head.selected").get_attribute("data-head") == "6"
         assert other.evaluate("convit.state.example") == "lion"
-    show(page, "layer=99&epoch=-3&head=x&patch=9,9&image=<img src=x>&tab=none&map=no&gates=9:1;1:7;x&model=cifar10")
+    show(page, "layer=99&epoch=-3&head=x&patch=9,9&image=<img src=x>&tab=none&map=no&model=cifar10"
+               "&gates=9.1:1;1.99:1;1.1:7;1.2:0.5.5;x")  # fmt: skip
+    assert page.evaluate("convit.state.gates.size") == 0
     assert gates(page) == [0.731] * 9
 
 
@@ -576,6 +578,10 @@ def test_tour_opens_once_and_by_its_link(browser, server):
     tour = page.frame_locator("iframe").locator(".tour")
     tour.wait_for()
     assert tour.bounding_box()["y"] < 600
+    page.evaluate("document.querySelector('iframe').style.height = '600px'")  # or a small one
+    for _ in range(3):
+        tour.locator(".tour-next").click()
+    assert 0 <= tour.bounding_box()["y"] - page.locator("iframe").bounding_box()["y"] < 400
     page.close()
 
 
@@ -584,9 +590,12 @@ def test_page_says_why_it_shows_another_model_or_nothing(browser, server):
         assert page.evaluate("convit.state.key") == "patterns"
         assert "There is no such model" in page.locator(".error").inner_text()
     page = browser.new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(error))
     page.route("**/web/maps.js", lambda route: route.abort())
     page.goto(server)
     page.wait_for_selector("text=Please reload the page.")
+    assert errors
     page.close()
 
 
@@ -606,6 +615,10 @@ def test_errors_are_visible_on_a_phone(browser, server):
         page.locator("[data-scope=model][data-pin='1']").click()  # scrolls to the button
         page.wait_for_selector("text=It failed.")
         assert 0 <= page.locator(".error").bounding_box()["y"] < 900
+        assert page.evaluate("""() => {
+            const step = document.querySelector(".step"), { x, y } = step.getBoundingClientRect();
+            return step === document.elementFromPoint(x + 4, y + 4);
+        }""")  # the error does not cover it
         assert page.evaluate("scrollY") > 300
 
 

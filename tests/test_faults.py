@@ -478,6 +478,23 @@ def test_run_is_continued_and_evaluated_from_its_config(train, tmp_path):
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["weights"] == f"{tmp_path}/run/best.pt"
 
 
+def test_other_processes_of_a_program_are_left_alone(monkeypatch):
+    code = "import multiprocessing, train_cifar; pool = multiprocessing.get_context('fork').Pool(1); pool.map(abs, [1])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+    monkeypatch.delattr(signal, "SIGCHLD")  # as on Windows
+    distributed.kill_workers()
+
+
+def test_timeout_of_another_process_is_one_sentence(monkeypatch):
+    def time_out(*_):
+        raise RuntimeError("Timed out waiting 1800000ms")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", time_out)
+    with pytest.raises(UserError, match=r"another process has failed or does not respond; .* \(Timed out"):
+        distributed.barrier()
+
+
 def test_missing_gpus_and_types_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="finds no CUDA device on this machine; use --device cpu"):

@@ -165,6 +165,15 @@ def test_command_line(demo, photo, tmp_path, monkeypatch, capsys):
     )
 
 
+def test_ctrl_c_keeps_the_results_so_far():
+    code = ("import signal, predict as script; predict, calls = script.predict, iter((0, 1))\n"
+            "script.predict = lambda *args: signal.raise_signal(signal.SIGINT) if next(calls) else predict(*args)\n"
+            "script.main()")  # fmt: skip
+    command = [sys.executable, "-c", code, str(DEMO), *[str(DEMO / "images/cat.jpg")] * 2, "--csv"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 130 and process.stdout.count("\n") == 2 and not process.stderr
+
+
 def test_plot_attention(demo, photo):
     figure = plot_attention(demo, photo, layer=5)
     assert len(figure.axes) == 9 * 4

@@ -77,7 +77,7 @@ def test_page_without_a_server_offers_only_what_it_can_do(browser, site):
             assert found.count() == 1 and found.is_hidden()
         assert "python app.py" in page.get_by_text("To see your own images").inner_text()
         page.locator("[data-scope=model][data-pin='1']").click()  # in epoch 0
-        page.wait_for_selector("text=gates can be pinned after the last epoch")
+        page.wait_for_selector("text=gates can be pinned only in the last epoch")
         for scheme, is_dark in (("light", False), ("dark", True)):
             page.emulate_media(color_scheme=scheme)
             color = page.evaluate("getComputedStyle(document.querySelector('.viewer')).color")

@@ -26,7 +26,7 @@ import train_cifar
 import train_imagenet
 from analysis import read_metrics
 from convit_min import ConViT, create_model
-from experiments import grid
+from experiments import grid, report
 from experiments.sweep import read_runs
 from training.config import CHANGEABLE_ON_RESUME, parse_flags
 from training.image_folder import _defer_signals
@@ -227,6 +227,8 @@ def test_claims_at_this_scale_equal_the_runs():
     on_10, on_100 = ([pair[0] for pair in pairs_on(fraction)] for fraction in ("10%", "100%"))
     low = (heads("gate", [demo, tiny, *on_10, *on_100]) < 0.5).sum((1, 2))
     seeds = f"{count(on_10, 'seed')} on 10%, {len(on_100)} on all images"
+    number = ["eight", "nine", "ten", "eleven", "twelve"][len(low) - 8]
+    assert f"in each of {number} trained models" in " ".join(text.split()) and f"| seen in all {number} |" in text
     assert f"{low.min()} to {low.max()} of 45 gates end below 0.5: demo, Tiny ImageNet, {seeds}" in text
     center = (heads("gate", on_10)[:, :, 4] < 0.5).sum(0).tolist()
     assert center == [1, 5, 5, 5, 5]  # the sentence about the five runs in "Center taps"
@@ -252,6 +254,7 @@ def test_planned_contrasts_have_a_result_once_they_are_complete():
     unfinished = sum("planned contrast, unfinished" in line for line in claims)
     assert (len(claims), unfinished) == (3, {1: 2, 2: 1, 3: 1, 4: 0}[complete])  # one claim has two contrasts
     evidence = (ROOT / "results/evidence/README.md").read_text()
+    assert report.GRID_NOTES in evidence
     patterns = re.search(r"^\| arm(?:.*\n)+", evidence, re.MULTILINE)
     assert not patterns or patterns[0] in text
     old = {name for name, run in runs.items() if run["provenance"][0]["commit"].startswith("2c4125a")}

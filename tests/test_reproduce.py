@@ -30,7 +30,7 @@ from train_cifar import Config
 from training.checkpoint import save_weights
 from training.config import parse_flags
 from training.data import InMemoryData
-from training.distributed import UserError
+from training.distributed import Stopped, UserError
 from weights import open_model
 
 RUNS = {str(seed): ["--epochs", "3", "--seed", str(seed)] for seed in range(6)}
@@ -54,6 +54,8 @@ history = json.loads((run / "provenance.json").read_text()) if resume else []
 (run / "config.json").write_text(json.dumps(flags))
 if flags["seed"] == "-1":
     sys.exit("the loss is no longer finite")
+if flags["seed"] == "-2":
+    sys.exit(143)
 first = json.loads((run / "last.pt").read_text()) if resume else 0
 rows = (run / "metrics.jsonl").read_text().splitlines()[:first] if resume else []
 for epoch in range(first, int(flags["epochs"]) + 1):
@@ -175,6 +177,11 @@ def test_sweep_refuses_what_it_cannot_train(fake_code, tmp_path, monkeypatch):
     (tmp_path / "bad" / "last.pt").write_text("1")  # it has failed after its start: others go on
     refuses({"bad": ["--seed", "-1"], "good": ["--seed", "0", "--epochs", "1"]}, "^failed: bad; fix the cause, then")
     assert list(read_runs(tmp_path / "runs.jsonl")) == ["good"]
+    with pytest.raises(Stopped):  # a signal to the training stops all
+        train_sweep(
+            tmp_path, lambda finished: {"stopped": ["--seed", "-2"], "next": ["--seed", "0"]}, lambda _: fake_code
+        )
+    assert not (tmp_path / "next").exists()
     append_run(tmp_path / "runs.jsonl", {"name": "done"})
     train_sweep(tmp_path, lambda finished: {"done": []})  # nothing to train
     monkeypatch.setitem(sys.modules, "fcntl", None)

@@ -320,7 +320,7 @@ def test_exported_view_has_the_accuracy_and_gates_of_its_epoch(inspector, photo,
     np.testing.assert_allclose(figures[0].axes[-1].lines[4].get_ydata(), expected)
 
 
-def test_training_queue_is_fair_and_drops_absent_sessions(tmp_path, monkeypatch):
+def test_training_queue_is_fair_and_drops_absent_sessions(tmp_path, monkeypatch, capfd):
     script = tmp_path / "train.py"  # stands in for train_cifar.py: writes one record, then waits
     script.write_text("""
 import pathlib, sys, time
@@ -328,7 +328,7 @@ run = pathlib.Path(sys.argv[sys.argv.index("--run") + 1])
 run.mkdir()
 (run / "metrics.jsonl").write_text('{"epoch": 0}\\n')
 while not (run / "finish").exists():
-    if (run / "crash").exists(): sys.exit(1)
+    if (run / "crash").exists(): sys.exit(f"out of memory, on a terminal: {sys.stderr.isatty()}")
     time.sleep(0.02)
 """)
     monkeypatch.setattr(sessions, "SCRIPT", script)
@@ -375,11 +375,12 @@ while not (run / "finish").exists():
         training_queue.handle("f", "start")
         wait_for("f", "training")
         (training_queue.run_dirs["f"] / "crash").touch()
-        wait_for("f", "failed")  # and the earlier run remains
+        wait_for("f", "failed")  # the earlier run remains, and the server's log says why
+        assert capfd.readouterr().err == "out of memory, on a terminal: False\n\n"
         assert (training_queue.run_dirs["f"] / "first").exists()
         training_queue.handle("g", "start")
         assert training_queue.handle("g", "stop") == {"state": "idle"}  # stopped before its first epoch: no failure
-        kept = list(training_queue.folder.iterdir())
+        kept = list(training_queue.folder.glob("*/"))
         assert len(kept) == sessions.MAX_KEPT_RUNS and "anna" not in training_queue.run_dirs
         states = [training_queue.handle(f"s{n}", "start")["state"] for n in range(sessions.MAX_QUEUE_LENGTH + 1)]
         assert states[-1] == "full"

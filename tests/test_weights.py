@@ -88,8 +88,8 @@ def test_download_is_cached_unless_it_is_damaged(web_server, tmp_path, monkeypat
     trained, fresh = perturb(ConViT(CONFIG)), ConViT(CONFIG)
     for name in ("weights.pt", "weights.safetensors"):
         (folder / name).write_text("<html>")
-        with pytest.raises(ValueError, match=f"{name} is damaged, or is not a PyTorch checkpoint"):
-            load_weights(fresh, f"{url}/{name}")
+        with pytest.raises(ValueError, match=rf"{name}\?download=true is damaged, or is not a PyTorch checkpoint"):
+            load_weights(fresh, f"{url}/{name}?download=true")
     torch.save(trained.state_dict(), folder / "weights.pt")
     save_file(trained.state_dict(), folder / "weights.safetensors")
     for name in ("weights.pt", "weights.safetensors"):

@@ -1,6 +1,5 @@
 """Single- and multi-process training under torchrun: every function here also works without torchrun."""
 
-import atexit
 import multiprocessing
 import os
 import signal
@@ -94,10 +93,10 @@ def abort(error: UserError | torch.OutOfMemoryError) -> NoReturn:
     sys.exit(error.status)
 
 
-@atexit.register  # also after a bug: Python would send SIGTERM, which workers defer (see image_folder.py), and wait
 def kill_workers():
     """Kill the data workers of this process."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader reports them
+    if hasattr(signal, "SIGCHLD"):  # Windows lacks it
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the DataLoader reports them
     for process in multiprocessing.active_children():
         if process.daemon:  # others are not ours
             process.kill()
@@ -160,8 +159,9 @@ def all_reduce_max(value: int) -> int:
 
 
 def _wait_for(collective: Callable, *args):
-    """Communicate with all processes. Raises UserError if another one has ended."""
+    """Communicate with all processes. Raises UserError if another one has ended or does not respond."""
     try:
         collective(*args)
     except RuntimeError as error:
-        raise UserError(f"another process has failed, and has said why ({error})") from error
+        problem = "another process has failed or does not respond; if it printed an error, see there"
+        raise UserError(f"{problem} ({error})") from error

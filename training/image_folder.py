@@ -1,5 +1,6 @@
 """Large image folders such as ImageNet: worker processes decode and crop, every random draw derived from the seed."""
 
+import atexit
 import math
 import os
 import signal
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from images import load_crop, open_image, to_rgb, to_tensor
 from training.augment import derive_seed
 from training.data import InMemoryData, RunData, epoch_order, remedy, shard_batches
-from training.distributed import UserError
+from training.distributed import UserError, kill_workers
 
 ORIENTATION = 0x0112  # EXIF tag
 MAX_SKIPPED = 1000  # unreadable files in a row before giving up: the disk is probably gone
@@ -74,6 +75,7 @@ class StreamedData(RunData):
         self.train = ImageFolderDataset(self.train.images, self.train.labels, self.size, config.rand_augment)
         self.test = ImageFolderDataset(self.test.images, self.test.labels, self.size, crop_pct=self.crop_pct)
         self.reported = set()  # errors
+        atexit.register(kill_workers)  # also after a bug: Python would send SIGTERM, which workers defer, and wait
 
     def train_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels in 0..255 (b 3 H W) and labels (b) of this process, for every step of an epoch from `first_step`."""

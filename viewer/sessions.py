@@ -17,6 +17,7 @@ RECIPE = ["--dataset", "patterns", "--steps-per-epoch", "75", "--batch-size", "3
           "--no-hflip", "--device", "cpu"]  # fmt: skip
 MAX_KEPT_RUNS = 4  # finished runs, about 35 MB each
 MAX_QUEUE_LENGTH = 20
+ERRORS = "errors.txt"  # of the run in progress
 CLIENT_TIMEOUT = 150  # seconds without a request; browsers wake background tabs once a minute
 
 
@@ -84,8 +85,9 @@ class TrainingQueue:
         run_dir = self.folder / str(time.time_ns())  # a new path for every run: app.py caches models by path
         command = ["nice", sys.executable, SCRIPT, *RECIPE, "--epochs", str(EPOCHS), "--run", run_dir]
         env = os.environ | {"OMP_WAIT_POLICY": "passive"}  # idle threads leave the cores to the server
-        quiet = dict.fromkeys(("stdin", "stdout"), subprocess.DEVNULL)  # errors go to the server's log
-        self.process = subprocess.Popen(command, cwd=self.folder, env=env, **quiet)
+        quiet = dict.fromkeys(("stdin", "stdout"), subprocess.DEVNULL)
+        with open(self.folder / ERRORS, "wb") as errors:  # no terminal, on which the script would draw a progress bar
+            self.process = subprocess.Popen(command, cwd=self.folder, env=env, stderr=errors, **quiet)
         self.started, self.earlier_run = time.time(), self.run_dirs.pop(session, None)
         self.run_dirs[session] = run_dir
 
@@ -93,6 +95,7 @@ class TrainingQueue:
         if self.process and session == self.queue[0]:
             if self.process.poll():  # neither running nor finished
                 self.failed.add(session)
+                print((self.folder / ERRORS).read_text(errors="replace"), file=sys.stderr, flush=True)
             self.process.kill()
             self.process.wait()
             self.process = None

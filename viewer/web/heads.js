@@ -18,7 +18,7 @@ export function drawHeads() {
   render(".heads-title", `The ${allHeads().length} heads of layer ${number}`);
   render(".heads-hint", isGated
     ? `Laid out as the taps of a convolution kernel${startsLocal()
-      ? ": each head stands where it looks before training (arrows)" : ""}.`
+      ? ": each head is placed where it looks before training (arrows)" : ""}.`
     : `Layer ${number} is plain self-attention: its heads have no gate and no position map.`);
   find(".heads").style.gridTemplateColumns = `repeat(${kernelColumns}, minmax(0, 1fr))`;
   render(".heads", allHeads().map((tap) => {

@@ -2,8 +2,8 @@
 // wrote, gzipped JSON named .bin, so that hosts do not decompress it.
 
 const MISSING = { error: "A file of this page could not be loaded; please try again." };
-const NEEDS_MODEL = { error: "On this site, gates can be pinned after the last epoch, for all "
-  + "layers at once. For more, run “python app.py” in a clone of the convit-min repository." };
+const NEEDS_MODEL = { error: "On this site, gates can be pinned only in the last epoch, and "
+  + "only for all layers at once. For more, run “python app.py” in a clone of convit-min." };
 
 // `base` is the URL of the files, `first` the key of the model that opens.
 export function staticServer(base, first) {

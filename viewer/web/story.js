@@ -135,8 +135,8 @@ function caption() {
     : `${listHeads(left)} of ${layer} attend${left.length > 1 ? "" : "s"} more by content than by `
       + "position";
   if (state.snapshot === lastSnapshot() && !isGrowing()) {
-    const whose = left.length > 1 ? "they" : "it";
-    const invitation = left.length ? ` What if ${whose} had to stay? Pin all to position.` : "";
+    const who = left.length > 1 ? "they" : "it";
+    const invitation = left.length ? ` What if ${who} had to stay? Pin all to position.` : "";
     return [departure(left, layer, place) ?? `After training, ${status}.`,
       `${reach()}${invitation}`];
   }

@@ -22,7 +22,7 @@ export async function train(action) {
   if (!status) return poll(5000);
   const { state: phase, epoch } = status;
   const busy = phase === "waiting" || phase === "training";
-  if (phase !== "waiting") state.hasOwn = epoch >= 0; // then, an earlier model remains
+  if (phase !== "waiting") state.hasOwn = epoch >= 0; // while waiting, an earlier model is there
   const hasEnded = !busy && !state.stopped;
   state.stopped = !busy;
   showStatus(status, busy);

@@ -11,8 +11,8 @@ export const urlOf = (hash) => new URLSearchParams(hash.slice(1));
 // "2,5" is row 2, column 5.
 const formatPatch = (patch) => placeOf(patch).map((index) => index + 1).reverse().join();
 
-// The view that a hash contains. What is missing, or does not fit the model, is as the model opens;
-// the kind of map stays as it is.
+// The view that a hash contains. Whatever is missing or does not fit the model is taken from the
+// model's opening view; the kind of map is kept.
 export function parseView(hash) {
   const url = urlOf(hash);
   const { epochs, examples, opening } = state.model;
