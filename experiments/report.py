@@ -35,9 +35,9 @@ A contrast counts as equivalent to 0 within {MARGIN} points if two one-sided tes
 rule out larger differences. Intervals cover what a seed draws (weights, subset, order, augmentation), not the choice of
 test images. While pairs are missing, verdicts are preliminary."""
 PATTERN_NOTES = """\
-3,120 steps of 32 images at a learning rate of 0.001, not tuned, unless the arm has another; accuracy is measured every
-156 steps. learned: the default; vit: the plain ViT; gates-X: gates frozen at X; gate-lr-1: gates at the learning rate
-of the other weights. No tests."""
+3,120 steps of 32 images, in fp32, at a learning rate of 0.001, not tuned, unless the arm has another; accuracy is
+measured every 156 steps. learned: the default; vit: the plain ViT; gates-X: gates frozen at X; gate-lr-1: gates at the
+learning rate of the other weights. No tests."""
 Settings = dict[tuple[str, str], dict[int, list[dict]]]  # metrics by (model, data fraction) and seed
 
 
