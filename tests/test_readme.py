@@ -24,7 +24,7 @@ from gradio.media import get_image
 
 import train_cifar
 import train_imagenet
-from analysis import read_metrics
+from analysis import read_metrics, uniform_non_locality
 from convit_min import ConViT, create_model
 from experiments import grid, report
 from experiments.sweep import read_runs
@@ -244,6 +244,65 @@ def test_claims_at_this_scale_equal_the_runs():
     rises = "nor on all images ({1:.2f} to {4:.2f}".format(*gate[2])
     assert f"{rises}, {count(on_100, 'seed')})" in text
     assert [bool((np.diff(layers[1:]) < 0).all()) for layers in gate] == [True, True, False, False]
+
+
+def test_what_the_heads_of_the_demo_do():
+    """The list below the table of gates in docs/results.md."""
+    metrics, text = read_metrics(DEMO), " ".join(DOCS["docs/results.md"].split())
+    gate, strength, distance = (
+        np.array([record["heads"][name] for record in metrics], dtype=float)
+        for name in ("gate", "strength", "non_locality")
+    )
+    first_below = [np.argmax(gate[:, layer] < 0.5, axis=0) + 99 * (gate[:, layer] >= 0.5).all(0) for layer in range(5)]
+    assert [epochs.argmin() for epochs in first_below] == [4] * 5  # head 5
+    epochs = [epochs.min() for epochs in first_below]
+    assert f"after {min(epochs)} to {max(epochs)} epochs" in text
+    center = gate[-1, :, 4]
+    assert "({:.2f}, {:.2f}, {:.2f}, and {:.2f})".format(*center[[0, 2, 3, 4]]) in text
+    assert f"rises again to {center[1]:.2f}, but" in text and f"slightly negative ({strength[-1, 1, 4]:.2f})" in text
+    assert f"above the {uniform_non_locality((8, 8)):.2f} of uniform attention" in text
+    assert (gate[-1, :5] < 0.5).sum(1).tolist() == [5, 0, 2, 1, 1]  # "five in layer 1, two in layer 3, one each ..."
+    layers = distance.mean(2)
+    grows = "grows from {:.1f} to {:.1f} in layer 1 and to {:.1f} in layer 5"
+    assert grows.format(layers[0, 0], layers[-1, 0], layers[-1, 4]) in text
+    assert f"stay between {layers[1:, 1:4].min():.2f} and {layers[1:, 1:4].max():.2f} after the first epoch" in text
+    assert "The SA layers end at {:.1f} and {:.1f}".format(*layers[-1, 5:]) in text
+
+
+def test_single_runs_and_tuning():
+    """The other numbers in docs/results.md."""
+    text = " ".join(DOCS["docs/results.md"].split())
+    patterns = read_runs(ROOT / "results/patterns/runs.jsonl")
+    labels = {"convit": "ConViT, learned gates", "vit": "plain ViT", "gates-fixed-at-1": "all gates fixed at 1"}
+    for name, label in labels.items():
+        first, *_, last = patterns[name]["metrics"]
+        means = [np.mean(row["heads"]["gate"][:5]).round(2) for row in (first, last)] if name != "vit" else []
+        gates = " -> ".join(f"{mean:g}" for mean in means)
+        assert f"| {label} | {last['test_accuracy']:.1f} | {last['train_loss']:.3f} | {gates}".rstrip() in text
+    fixed = patterns["gates-fixed-at-1"]["metrics"][1:]
+    loss, accuracy = ([row[name] for row in fixed] for name in ("train_loss", "test_accuracy"))
+    assert f"stays between {min(loss):.2f} and {max(loss):.2f}" in text
+    assert f"test accuracy is {min(accuracy):.0f}% to {max(accuracy):.0f}%, in two epochs above" in text
+    assert sum(value > 100 / 3 for value in accuracy) == 2
+
+    def lead(accuracies: list[float]) -> str:
+        second, best = sorted(accuracies)[-2:]
+        return f"{best - second:.1f}"
+
+    def validation(runs: dict, start: str) -> list[float]:
+        return [run["metrics"][-1]["test_accuracy"] for name, run in runs.items() if name.startswith(start)]
+
+    tuning, grid_runs = (read_runs(ROOT / f"results/{name}/runs.jsonl") for name in ("tuning", "evidence"))
+    settings = [lead(validation(tuning, start)) for start in ("convit-", "vit-")]
+    assert "second best by {} (ConViT) and {} points (plain ViT); the".format(*settings) in text
+    rates = [
+        lead(validation(grid_runs, f"tune-{name}-{part}-")) for part in ("10%", "100%") for name in ("convit", "vit")
+    ]
+    assert (
+        "by {} (ConViT) and {} points (plain ViT) on 10%, and by {} and {} points on all images".format(*rates) in text
+    )
+    tiny = read_metrics(ROOT / "results/tiny-imagenet-50")[-1]
+    assert f"reaches {tiny['test_accuracy']:.1f}% top-1 accuracy in {tiny['epoch']} epochs" in text
 
 
 def test_planned_contrasts_have_a_result_once_they_are_complete():
