@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -95,6 +96,13 @@ def test_numbers_in_the_text_are_those_of_the_runs(number):
     percent = re.sub(r" \((\d+)\)%$", r"% (\1 seeds)", f"{mean_std}%")
     assert f"</summary>\n\n{percent}, mean gate {mean_gate}" in section
     assert re.search(rf"\b{float(heads):g}( of 45)? heads? (below 0\.5|end content-dominated)", section)
+
+
+def test_table_is_that_of_the_runs(tmp_path):
+    shutil.copy(RESULTS / "runs.jsonl", tmp_path)
+    exercises.write_results(EXERCISES, tmp_path)
+    tables = [(folder / "exercises.md").read_text().split("\n\n")[0] for folder in (RESULTS, tmp_path)]
+    assert tables[0] == tables[1]
 
 
 def test_runs_of_other_parameters_are_to_be_opened_alone(monkeypatch):

@@ -301,6 +301,10 @@ def test_single_runs_and_tuning():
     assert (
         "by {} (ConViT) and {} points (plain ViT) on 10%, and by {} and {} points on all images".format(*rates) in text
     )
+    masking = json.loads((ROOT / "results/reproduce/masking.json").read_text())
+    ends = [curve[-1] for curve in masking["masked_in_first_layers"].values()]
+    assert "it still has {:.1f}%, without position {:.1f}%".format(*ends) in text
+    assert f"our model has {masking['position_embedding_masked']:.1f}%" in text
     tiny = read_metrics(ROOT / "results/tiny-imagenet-50")[-1]
     assert f"reaches {tiny['test_accuracy']:.1f}% top-1 accuracy in {tiny['epoch']} epochs" in text
 
@@ -309,13 +313,24 @@ def test_planned_contrasts_have_a_result_once_they_are_complete():
     """In the table of claims, which calls them unfinished until then; and the patterns have their table."""
     runs, text = read_runs(ROOT / "results/evidence/runs.jsonl"), DOCS["docs/results.md"]
     complete = sum("| 5 of 5 |" in line for line in text.splitlines())
-    claims = [line for line in text.splitlines() if line.count("|") == 4 and "planned contrast" in line]
-    unfinished = sum("planned contrast, unfinished" in line for line in claims)
-    assert (len(claims), unfinished) == (3, {1: 2, 2: 1, 3: 1, 4: 0}[complete])  # one claim has two contrasts
+    contrasts = [line.strip("| ").split(" | ") for line in text.splitlines() if re.search(r"\| \d of 5 \|", line)]
+    claims = "On scarce data,", "The lead grows", "Without gating, accuracy drops on 10%"
+    for (_, pairs, *numbers), start in zip(contrasts, claims, strict=False):  # the last contrast decides no claim
+        claim = next(line for line in text.splitlines() if line.startswith(f"| {start}"))
+        status = "open"
+        if pairs == "5 of 5":
+            direction = "confirmed" if numbers[0].startswith("+") else "contradicted"
+            results = {"different": direction, "equivalent": "no difference", "not": "undecided"}
+            status = results[re.match(r"\w+", numbers[-1])[0]]
+        assert claim.split(" | ")[1] == status and ("planned contrast, unfinished" in claim) == (status == "open")
+    assert len(contrasts) == 4 and ("still open" in text) == (complete < 4)
+    assert ("will do so" in DOCS["docs/exercises.md"]) == (complete < 4)
+    assert ("The remaining runs" in text) == (len(runs) < len(grid.make_plan(runs)))
     evidence = (ROOT / "results/evidence/README.md").read_text()
     assert report.GRID_NOTES in evidence
     patterns = re.search(r"^\| arm(?:.*\n)+", evidence, re.MULTILINE)
     assert not patterns or patterns[0] in text
+    assert ("informal" in (ROOT / "demo/patterns/README.md").read_text()) == (not patterns)
     old = {name for name, run in runs.items() if run["provenance"][0]["commit"].startswith("2c4125a")}
     on_10 = {name for name in runs if "10%" in name and not name.endswith(("seed2", "seed3", "seed4"))}
     assert old == {name for name in on_10 if name.startswith(("tune", "convit-10%", "vit-10%"))}

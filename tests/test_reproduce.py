@@ -465,6 +465,14 @@ def test_comparison_gives_the_committed_tables(tmp_path, run_script):
             plot.verify()
 
 
+def test_report_is_that_of_the_runs(run_script, tmp_path):
+    committed = ROOT / "results/evidence"
+    shutil.copy(committed / "runs.jsonl", tmp_path)
+    assert run_script(reproduce, "report", "--out", tmp_path)[0] == 0
+    pages = [(folder / "README.md").read_text().split("\n\n", 2)[2] for folder in (committed, tmp_path)]
+    assert pages[0] == pages[1]  # but for the commands and machines above
+
+
 def test_gates_of_a_run_in_its_first_epoch(tree, run_script, tmp_path):
     run = save_run(perturb(ConViT(TINY)), tmp_path / "run")  # a single snapshot
     heads = {"gate": [[0.6] * 9, [0.2] * 9, [None] * 9], "non_locality": [[2.0] * 9] * 3}
