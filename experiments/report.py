@@ -162,11 +162,11 @@ def plot_accuracy(settings: Settings) -> Figure:
 
 
 def plot_curves(settings: Settings) -> Figure:
-    """Test accuracy over steps: every seed, the mean, and its 95% interval."""
+    """Test accuracy over steps, without step 0: every seed, the mean, and its 95% interval."""
     figure, panels = fraction_panels(settings)
     for (model, fraction), runs in settings.items():
-        axes, steps = panels[fraction], [row["step"] for row in next(iter(runs.values()))]
-        curves = np.array([[row["test_accuracy"] for row in metrics] for metrics in runs.values()])
+        axes, steps = panels[fraction], [row["step"] for row in next(iter(runs.values()))[1:]]
+        curves = np.array([[row["test_accuracy"] for row in metrics[1:]] for metrics in runs.values()])
         axes.plot(steps, curves.T, color=COLORS[model], alpha=0.3)
         mean, half = curves.mean(0), np.apply_along_axis(half_interval, 0, curves)
         axes.plot(steps, mean, color=COLORS[model], linewidth=2, label=LABELS[model])
