@@ -24,6 +24,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import: no outbound requests
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends imports and loading without a traceback
 
 import gradio as gr
 import torch
@@ -224,7 +226,8 @@ def main():
     except (OSError, ValueError) as error:
         sys.exit(f"app.py: {error}")
     page = build_page(models, compare=bool(args.run))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # runs atexit, which stops training
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # both run atexit, which stops training
     try:
         socket.create_server((args.host, args.port or 0)).close()
         page.launch(server_name=args.host, server_port=args.port or None, **LAUNCH_OPTIONS)

@@ -16,6 +16,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends imports and loading without a traceback
+
 import torch
 
 from analysis import check_index, plot_attention
@@ -72,7 +75,8 @@ def main():
             raise ValueError(f"no images in {', '.join(map(str, args.images))}")
     except (ValueError, OSError) as error:
         sys.exit(f"predict.py: {error}")
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` closes the pipe,
+    if hasattr(signal, "SIGPIPE"):  # Windows lacks it
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` closes the pipe,
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # and on Ctrl-C, with the results so far
     rows = csv.writer(sys.stdout)
     if args.csv:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import unicodedata
 import warnings
 from collections.abc import Collection
@@ -102,8 +103,10 @@ def read_weights(source: str) -> Weights:
         problem = f"downloaded ({error}): pass a local file" if is_url else f"read: {error.strerror or error}"
         raise ValueError(f"{source} cannot be {problem}") from error
     except Exception as error:  # unpickling a damaged file raises nearly any exception
-        if "Unsupported global" in str(error):  # by weights_only
-            raise ValueError(f"{source} contains a pickled model or other objects: save its state_dict") from error
+        if "TorchScript" in str(error):
+            raise ValueError(f"{source} is a TorchScript file: save the state_dict of the model") from error
+        if found := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error)):  # by weights_only
+            raise ValueError(f"{source} contains {found[1]}, which is no tensor: save only a state_dict") from error
         if is_url:
             Path(path).unlink(missing_ok=True)  # so that the next call downloads it again
         raise ValueError(f"{source} is damaged, or is not a PyTorch checkpoint") from error
@@ -188,7 +191,8 @@ def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = (
         "unexpected": state.keys() - expected.keys(),
         "with a different shape": {key for key in state if key in expected and state[key].shape != expected[key].shape},
     }
-    problems = [f"{problem}: {list_names(keys)}" for problem, keys in mismatches.items() if keys]
+    limit = MAX_LISTED // max(sum(map(bool, mismatches.values())), 1)  # so many in all
+    problems = [f"{problem}: {list_names(keys, limit)}" for problem, keys in mismatches.items() if keys]
     num_heads = (weights.config or model.config).num_heads  # without GPSA, no shape depends on it
     if problems or num_heads != model.config.num_heads:
         name, config = infer_model(weights.state)
@@ -222,7 +226,7 @@ def _adapt_pos_embed(state: dict[str, Tensor], grid: Grid | None, model: ConViT)
         state["pos_embed"] = resize_pos_embed(pos_embed, grid, model.config.grid)
 
 
-def list_names(names: Collection[str]) -> str:
+def list_names(names: Collection[str], limit: int = MAX_LISTED) -> str:
     """The first few names, and how many more there are."""
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(sorted(names)[:MAX_LISTED]) + more
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(sorted(names)[:limit]) + more

@@ -101,6 +101,10 @@ def test_all_paths_preprocess_identically(size, photo, tmp_path):
     assert dict(predict(open_model(tmp_path / "run"), file)) == pytest.approx(
         dict(zip("ab", expected.tolist(), strict=True))
     )
+    shown = inspector.layer_maps(inspector.prepare_image(file.read_bytes())["pixels"], 0)[-1]["predictions"]
+    assert {name: p for name, p, _ in shown} == pytest.approx(
+        dict(predict(open_model(tmp_path / "run"), file)), abs=1e-4
+    )
     box = {32: (16, 0, 112, 96), 96: (22, 6, 106, 90)}[size]  # of 96: 7/8 of the largest square, 84 pixels
     expected = np.array(photo.resize((size, size), Image.Resampling.BICUBIC, box=box))
     assert np.array_equal(expected, streamed.permute(1, 2, 0).numpy())

@@ -158,7 +158,7 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tree, tmp_path, error_o
     assert "typo does not exist, or may not be read; if you" in error_of("--data-dir", tmp_path / "typo")
     assert not (tmp_path / "typo").exists()
     nothing = error_of("--data-dir", tree / "test" / "red", "--dataset", "folder")
-    assert "contains no images in train/CLASS/* or CLASS/* (convert HEIC to JPEG)" in nothing
+    assert "contains neither train/CLASS/* nor two class folders with images (convert HEIC to JPEG)" in nothing
 
     (tree / "train" / "red" / "notes.jpg").write_text("no image")
     assert "notes.jpg is not an image; repair or remove such files" in error_of()

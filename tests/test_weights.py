@@ -9,6 +9,7 @@ import warnings
 from dataclasses import asdict, replace
 from pathlib import PosixPath
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, free_port, perturb
@@ -277,6 +278,10 @@ def test_an_error_names_five_keys_and_counts_the_rest(tmp_path):
     assert str(caught.value).count("blocks.") == 5
     num_unexpected = len(deeper.state_dict()) - len(ConViT(CONFIG).state_dict())
     assert f"and {num_unexpected - 5} more" in str(caught.value)
+    torch.save(ConViT(replace(CONFIG, depth=5, dim=72)).state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="unexpected: .*; with a different shape: ") as caught:
+        load_weights(ConViT(CONFIG), tmp_path / "weights.pt")
+    assert str(caught.value).count("blocks.") <= 5
 
 
 class Malicious:
@@ -313,10 +318,14 @@ def test_bad_files_give_one_sentence_and_execute_nothing(tmp_path, monkeypatch):
     torch.save({"pos_embed": torch.zeros(1, 5, 36), "head.weight": torch.tensor(1.0)}, tmp_path / "short")
     torch.save(prefixed(model.state_dict(), "student.") | prefixed(model.state_dict(), "teacher."), tmp_path / "two")
     torch.save(model, tmp_path / "pickled")
+    torch.save({"state_dict": model.state_dict(), "best_accuracy": np.float64(70)}, tmp_path / "numpy")
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "traced")
     reasons = {
         "config": r"was written by another version of convit_min\.py \(.*layers",
         "list": "contains no weights, neither directly nor under ema, ",
-        "pickled": "contains a pickled model or other objects: save its state_dict",
+        "pickled": r"contains convit_min\.ConViT, which is no tensor: save only a state_dict",
+        "numpy": r"contains numpy\S*scalar, which is no tensor",
+        "traced": "is a TorchScript file: save the state_dict of the model",
         "two": r"contains several models \(student\..*, teacher\..*\): save the state_dict of one",
         "whole.pt/file": "cannot be read: Not a directory",
     }

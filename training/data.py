@@ -17,7 +17,7 @@ from training.augment import derive_seed
 from training.distributed import UserError, barrier, from_rank0, local_rank, print0, rank, world_size
 from training.folders import find_images, find_split, has_images
 from training.patterns import TEXTURES, patterns
-from weights import list_names
+from weights import MAX_LISTED, list_names
 
 DATASETS = ["cifar10", "cifar100", "folder", "patterns"]
 NUM_SAMPLES = 64  # images on which the heads are measured every epoch
@@ -42,7 +42,7 @@ class ImageSet:
 class RunData:
     """The training and evaluation images of a run. Subclasses load them.
 
-    `num_train` and `num_eval` include unreadable files.
+    `num_train` and `num_eval` include unreadable files, `num_found` also those that --data-fraction leaves out.
     """
 
     eval_splits = "test", "val", "valid"  # names of the folder with evaluation images; the first one that exists
@@ -64,6 +64,9 @@ class RunData:
             self.crop_pct = 1.0
             self.train, self.test = split_sets(config, partial(load_images, config, self.size))
             self.eval_names = range(len(self.test))
+        self.num_found = len(self.train)
+        if config.data_fraction < 1 and not config.eval:
+            self.train = self.train.select(stratified_subset(self.train.labels, config.data_fraction, config.seed))
         self.classes, self.num_train, self.num_eval = self.train.classes, len(self.train), len(self.test)
         self.epoch_length = config.epoch_length(self.num_train)  # in images
         has_split = self.is_folder and not config.val_fraction
@@ -98,8 +101,10 @@ class InMemoryData(RunData):
     def __init__(self, config, device: torch.device, crop_pct: float | None = None):
         super().__init__(config, device, crop_pct)
         if self.is_folder:
-            self.train, _ = decode(self.train, self.size, config)  # training sees all of the center
-            self.test, self.eval_names = decode(self.test, self.size, config, self.crop_pct)
+            self.train, _, bad = decode(self.train, self.size, config.workers)  # training sees all of the center
+            self.test, self.eval_names, bad_test = decode(self.test, self.size, config.workers, self.crop_pct)
+            is_usable = len(self.test) and (len(self.train) or config.eval)
+            report_unreadable(bad + bad_test, self.num_train + self.num_eval, is_usable, config)
         try:
             for image_set in (self.train, self.test):
                 image_set.images, image_set.labels = image_set.images.to(device), image_set.labels.to(device)
@@ -118,7 +123,7 @@ class InMemoryData(RunData):
 
 
 def split_sets(config, load: Callable[[str], ImageSet]) -> tuple[ImageSet, ImageSet]:
-    """The training and the evaluation set after --val-fraction and --data-fraction; with --eval, the first is empty.
+    """The training and the evaluation set after --val-fraction; with --eval, the first is empty.
 
     `load` returns the "train" or the "test" set; neither is loaded if it is not needed. Raises UserError if the
     classes are too few, or differ.
@@ -139,11 +144,7 @@ def split_sets(config, load: Callable[[str], ImageSet]) -> tuple[ImageSet, Image
             print0(f"note: {config.data_dir} has no evaluation images of {list_names(missing)}")
         labels = index_classes(test.classes, train.classes, "the training set")[test.labels]
         test = ImageSet(test.images, labels, train.classes)
-    if config.eval:
-        train = train.select(torch.arange(0))
-    elif config.data_fraction < 1:
-        train = train.select(stratified_subset(train.labels, config.data_fraction, config.seed))
-    return train, test
+    return train.select(torch.arange(0)) if config.eval else train, test
 
 
 def index_classes(classes: list[str], known: list[str], source: str) -> Tensor:
@@ -207,10 +208,10 @@ def cifar_class(dataset: str) -> type:
     return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
 
 
-def decode(files: ImageSet, size: int, config, crop_pct: float = 1.0) -> tuple[ImageSet, np.ndarray]:
-    """Decode all files, in parallel, and center-crop them to squares of `size` pixels. Returns them, and their files.
+def decode(files: ImageSet, size: int, workers: int, crop_pct: float = 1.0) -> tuple[ImageSet, np.ndarray, list[str]]:
+    """Decode all files, in parallel, and center-crop them to squares of `size` pixels.
 
-    Raises UserError for files that cannot be read; with --skip-bad-images, they are left out, with a note.
+    Returns the images that can be read, their files, and for every other one the error.
     """
     try:
         pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
@@ -225,19 +226,23 @@ def decode(files: ImageSet, size: int, config, crop_pct: float = 1.0) -> tuple[I
             return str(error)
         return ""
 
-    options = {"max_workers": max(config.workers, 1), "desc": "reading images", "leave": False}
+    options = {"max_workers": max(workers, 1), "desc": "reading images", "leave": False}
     options["disable"] = True if rank() > 0 else None  # None: unless the output is a terminal
     errors = thread_map(read, range(len(files)), **options)  # Pillow releases the GIL while it decodes
+    is_good = torch.tensor([not error for error in errors], dtype=torch.bool)
     decoded = ImageSet(pixels, files.labels, files.classes)
-    bad = [error for error in errors if error]
-    if not bad:
-        return decoded, files.images
-    message = f"{len(bad)} of {len(files)} images cannot be read: {list_names(bad)}"
-    if not config.skip_bad_images or len(bad) == len(files):
+    return decoded.select(is_good), files.images[is_good.numpy()], [error for error in errors if error]
+
+
+def report_unreadable(errors: list[str], count: int, is_usable: bool, config):
+    """Name all unreadable images, of `count`. Raises UserError unless --skip-bad-images leaves enough."""
+    if len(errors) > MAX_LISTED:
+        print0("\n".join(f"note: {error}" for error in sorted(errors)))
+    message = f"{len(errors)} of {count} images cannot be read: {list_names(errors)}"
+    if errors and not (config.skip_bad_images and is_usable):
         raise UserError(f"{message}; {remedy(config)}")
-    print0(f"note: {message}; they are left out")
-    is_good = torch.tensor([not error for error in errors])
-    return decoded.select(is_good), files.images[is_good.numpy()]
+    if errors:
+        print0(f"note: {message}; they are left out")
 
 
 def remedy(config) -> str:

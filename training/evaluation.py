@@ -115,7 +115,7 @@ def write_report(report: dict, predictions: Predictions, classes: list[str], fol
     checkpoint.write_text(folder / "eval.json", json.dumps(report) + "\n")
     (folder / "eval.csv").unlink(missing_ok=True)  # of an earlier evaluation
     if names is not None:
-        with open(folder / "eval.csv", "w", newline="", errors="surrogateescape") as file:
+        with open(folder / "eval.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = csv.writer(file)
             rows.writerow(["file", "class", "predicted", "probability", "loss"])
             for index, label, predicted, probability, loss, _ in zip(*map(Tensor.tolist, predictions), strict=True):

@@ -36,7 +36,7 @@ def find_split(config, split: str, eval_splits: tuple[str, ...]) -> Path:
         if nested := next(root.glob("*/train/"), None):
             raise UserError(f"{root} contains no train/, but {nested.parent} does: use --data-dir {nested.parent}")
         is_readable = os.access(root, os.R_OK | os.X_OK)
-        absent = "contains no images in train/CLASS/* or CLASS/* (convert HEIC to JPEG)"
+        absent = "contains neither train/CLASS/* nor two class folders with images (convert HEIC to JPEG)"
         problem = absent if is_readable else "does not exist, or may not be read"
         advice = "if you have no images, try --dataset patterns, or train_cifar.py with --dataset cifar10"
         raise UserError(f"{root} {problem}; {advice}")

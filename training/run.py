@@ -40,7 +40,7 @@ class Run:
         self.dir, self.config, self.data, self.device = Path(config.run), config, data, device
         self.components = components
         self.train_state = {"epoch": 0, "step_in_epoch": 0, "loss_sum": 0.0}
-        self.train_state |= {"num_train": data.num_train, "num_eval": data.num_eval}
+        self.train_state |= {"num_train": data.num_train, "num_eval": data.num_eval, "num_found": data.num_found}
         self.started = self.saved_at = time.monotonic()
         self.last_plot, self.events = -math.inf, None
         self.provenance = []  # on rank 0, one entry per start
@@ -245,6 +245,10 @@ class Run:
         """Keep the length of the run's epochs, and compare the numbers of images with those at its start."""
         self.data.epoch_length = self.config.epoch_length(state["num_train"])
         before, now = (state["num_train"], state["num_eval"]), (self.data.num_train, self.data.num_eval)
+        found = state.get("num_found", self.data.num_found)
+        if found != self.data.num_found and self.config.data_fraction < 1:
+            change = f"note: --data-fraction drew from {found} images, and now draws others from {self.data.num_found}"
+            print0(f"{change}; the run is no longer exactly reproducible")
         if before == now:
             return
         counts = f"there are {now[0]} training and {now[1]} evaluation images"
