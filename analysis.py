@@ -101,18 +101,18 @@ def plot_attention(model: ConViT, image, layer: int, head: int | None = None, qu
     maps = {"position": position, "content": content[0], "mixed": mixed[0]}
     maps = {name: tensor.float().cpu() for name, tensor in maps.items() if tensor is not None}
     heads = range(model.config.num_heads) if head is None else [head - 1]
-    figure = Figure(figsize=(1.4 * len(maps) + 1.6, 1.5 * len(heads)), layout="constrained")
+    figure = Figure(figsize=(1.4 * len(maps) + 1.6, 1.6 * len(heads)), layout="constrained")
     panels = figure.subplots(len(heads), len(maps) + 1, squeeze=False)
     for index, panel_row in zip(heads, panels, strict=True):
         panel_row[0].imshow(pixels.permute(1, 2, 0).numpy(), extent=(0, columns, rows, 0))
-        label = f"head {index + 1}" + (f"\ngate {gate[index]:.2f}" if position is not None else "")
-        panel_row[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        panel_row[0].set_ylabel(f"head {index + 1}", rotation=0, ha="right", va="center")
         for panel, (name, tensor) in zip(panel_row[1:], maps.items(), strict=True):
             head_map = tensor[index][-rows * columns :, -rows * columns :][row * columns + column]  # of the patches
             highest = head_map.max().item()
             scale = {"vmin": 0, "vmax": max(highest, 4 * uniform)}  # as on the page: flat maps stay dark
             panel.imshow(head_map.unflatten(0, (rows, columns)).numpy(), extent=(0, columns, rows, 0), **scale)
-            panel.set_title(f"{name}, max {highest:.2g}", fontsize="small")
+            share = f", gate {gate[index]:.2f}" if name == "mixed" and position is not None else ""
+            panel.set_title(f"{name}{share}\nmaximum {highest:.2g}", fontsize="small")
         for panel in panel_row:
             panel.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=1.5))
             panel.set(xticks=[], yticks=[])

@@ -102,9 +102,8 @@ def test_all_paths_preprocess_identically(size, photo, tmp_path):
         dict(zip("ab", expected.tolist(), strict=True))
     )
     shown = inspector.layer_maps(inspector.prepare_image(file.read_bytes())["pixels"], 0)[-1]["predictions"]
-    assert {name: p for name, p, _ in shown} == pytest.approx(
-        dict(predict(open_model(tmp_path / "run"), file)), abs=1e-4
-    )
+    predicted = dict(predict(open_model(tmp_path / "run"), file))
+    assert {name: p for name, p, _ in shown} == pytest.approx(predicted, abs=1e-4)
     box = {32: (16, 0, 112, 96), 96: (22, 6, 106, 90)}[size]  # of 96: 7/8 of the largest square, 84 pixels
     expected = np.array(photo.resize((size, size), Image.Resampling.BICUBIC, box=box))
     assert np.array_equal(expected, streamed.permute(1, 2, 0).numpy())
@@ -183,11 +182,11 @@ def test_plot_attention(demo, photo):
     assert len(figure.axes) == 9 * 4
     with torch.no_grad():
         gate = demo.blocks[4].attn.gate()
-    assert f"gate {gate[2]:.2f}" in figure.axes[8].get_ylabel()
+    assert f"mixed, gate {gate[2]:.2f}\n" in figure.axes[11].get_title()
     assert "uniform attention 0.016" in figure.get_suptitle()
     assert plot_attention(create_model("convit_cifar_nano"), photo, layer=1)  # before training, too
     single = plot_attention(demo, photo, layer=7, head=9, query=(0, 7))  # self-attention, with a class token
-    assert [axes.get_title().split(",")[0] for axes in single.axes[1:]] == ["content", "mixed"]
+    assert [axes.get_title().split("\n")[0] for axes in single.axes[1:]] == ["content", "mixed"]
     assert single.axes[0].get_ylabel() == "head 9"  # without a gate
     assert single.axes[1].images[0].get_array().shape == (8, 8)
     assert single.axes[1].images[0].get_clim() == (0, pytest.approx(4 / 65))  # nearly uniform

@@ -279,7 +279,7 @@ def test_an_error_names_five_keys_and_counts_the_rest(tmp_path):
     num_unexpected = len(deeper.state_dict()) - len(ConViT(CONFIG).state_dict())
     assert f"and {num_unexpected - 5} more" in str(caught.value)
     torch.save(ConViT(replace(CONFIG, depth=5, dim=72)).state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="unexpected: .*; with a different shape: ") as caught:
+    with pytest.raises(ValueError, match=r"unexpected: .*; with a different shape: ") as caught:
         load_weights(ConViT(CONFIG), tmp_path / "weights.pt")
     assert str(caught.value).count("blocks.") <= 5
 
