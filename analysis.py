@@ -16,7 +16,7 @@ MAP_ELEMENTS = 2**20  # of one head that `head_statistics` holds in memory at on
 
 
 class HeadStatistics(NamedTuple):
-    """Statistics of every layer and head. In self-attention layers, without position, all but the last are NaN."""
+    """Statistics of every layer and head. In self-attention layers, all but `non_locality` are NaN."""
 
     gate: Tensor  # l h: sigmoid(gating_param); 1 is position only, 0 content only
     center: Tensor  # l h 2: attention center (dx, dy) in patches, right and down are positive; NaN if strength is 0

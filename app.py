@@ -25,7 +25,7 @@ from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import: no outbound requests
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends imports and loading without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends imports without a traceback
 
 import gradio as gr
 import torch
@@ -201,6 +201,7 @@ def api_errors(invalid: str = "invalid arguments"):
 
 
 def main():
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # while loading: removes a partial download
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -227,7 +228,7 @@ def main():
         sys.exit(f"app.py: {error}")
     page = build_page(models, compare=bool(args.run))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # both run atexit, which stops training
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # both signals then run atexit, which stops training
     try:
         socket.create_server((args.host, args.port or 0)).close()
         page.launch(server_name=args.host, server_port=args.port or None, **LAUNCH_OPTIONS)

@@ -44,7 +44,7 @@ def _unidentified(data: bytes) -> str:
     prefix = data[:16].ljust(16, b"\0")
     found = {name: result for name, (_, accept) in Image.OPEN.items() if accept and (result := accept(prefix))}
     is_missing = found.keys() & NOT_DECODED or str in map(type, found.values())  # a str: Pillow lacks the decoder
-    is_heic = prefix[4:8] == b"ftyp" and (not found or prefix[8:12] in (b"mif1", b"msf1"))  # to Pillow, these are AVIF
+    is_heic = prefix[4:8] == b"ftyp" and not (found and b"avi" in data[8:64])  # Pillow takes some brands for AVIF
     is_jpeg_xl = prefix.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL "))
     if is_missing or is_heic or (not found and (is_jpeg_xl or b"<svg" in data[:256])):
         return "has an unsupported format: convert it to JPEG or PNG"

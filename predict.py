@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends imports and loading without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends imports without a traceback
 
 import torch
 
@@ -58,6 +58,7 @@ def list_files(paths: list[Path]) -> list[Path]:
 
 
 def main():
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # keeps the results so far, removes a partial download
     sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8, byte for byte
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="run folder, weights file, or name of a released model")
@@ -76,8 +77,7 @@ def main():
     except (ValueError, OSError) as error:
         sys.exit(f"predict.py: {error}")
     if hasattr(signal, "SIGPIPE"):  # Windows lacks it
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` closes the pipe,
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # and on Ctrl-C, with the results so far
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` closes the pipe
     rows = csv.writer(sys.stdout)
     if args.csv:
         ranks = range(1, min(args.top, len(model.classes)) + 1)

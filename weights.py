@@ -106,7 +106,8 @@ def read_weights(source: str) -> Weights:
         if "TorchScript" in str(error):
             raise ValueError(f"{source} is a TorchScript file: save the state_dict of the model") from error
         if found := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error)):  # by weights_only
-            raise ValueError(f"{source} contains {found[1]}, which is no tensor: save only a state_dict") from error
+            found = f"{found[1]}, which is not a tensor"
+            raise ValueError(f"{source} contains {found}: save only the state_dict") from error
         if is_url:
             Path(path).unlink(missing_ok=True)  # so that the next call downloads it again
         raise ValueError(f"{source} is damaged, or is not a PyTorch checkpoint") from error

@@ -17,6 +17,7 @@ from analysis import read_json_lines, read_metrics
 from training.distributed import Stopped, UserError, abort
 
 CODE = Path(__file__).parent.parent
+STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit statuses of a training after a signal
 RESUME_HINT = "rerun the same command to resume"
 Plan = dict[str, list[str]]  # name: flags of train_cifar.py, without --run and --resume; none: it waits for other runs
 
@@ -49,7 +50,7 @@ def train_sweep(folder: Path, get_plan: Callable[[dict], Plan], prepare: Callabl
     """Train all missing runs of a plan in subfolders; it is made again, from the finished runs, after every run.
 
     `prepare` returns the code folder that trains a run. Raises UserError if a run fails, at once if it could not start
-    and otherwise after all others, or, after a KeyboardInterrupt, once the run is saved.
+    and otherwise after all others; Stopped, once the run is saved, if a signal ended this process or the training.
     """
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
@@ -104,7 +105,7 @@ def train_run(folder: Path, flags: list[str], code: Path, run_lock: int):
         process.wait()
     if process.returncode == 0:
         append_run(folder.parent / "runs.jsonl", read_run(folder))
-    if interrupted or process.returncode in (130, 143):  # a signal, to this process or to the training
+    if interrupted or process.returncode in STOPPED:
         raise Stopped(f"stopped in the run {folder.name}; {RESUME_HINT}", 130)
     if process.returncode:
         raise UserError(f"the run {folder.name} failed; fix the cause, then {RESUME_HINT}")

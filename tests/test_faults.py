@@ -494,7 +494,7 @@ def test_timeout_of_another_process_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", time_out)
-    with pytest.raises(UserError, match=r"another process has failed or does not respond; .* \(Timed out"):
+    with pytest.raises(UserError, match=r"another process has failed or is not responding; .* \(Timed out"):
         distributed.barrier()
 
 

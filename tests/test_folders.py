@@ -341,7 +341,7 @@ def test_run_goes_on_after_a_bad_image_is_removed(name, tree, tmp_path, capsys):
     assert "started with" not in train(**values, skip_bad_images=True)
     bad.unlink()
     output = train(run=tmp_path / "half", data_fraction=0.5, epochs=2, resume=True)
-    assert "note: --data-fraction drew from 24 images, and now draws others from 23;" in output
+    assert "there are 23 training (before --data-fraction) and 6 evaluation images, but" in output
     output = train(epochs=2, resume=True)
     assert "there are 23 training and 6 evaluation images, but" in output and "started with 24 and 6" in output
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [0, 3, 6]  # 23 images are 2 batches of 8
@@ -491,6 +491,7 @@ def test_reasons_are_told_apart(photo, tmp_path, monkeypatch):
     assert reason("empty.jpg", b"") == "is empty"
     for name, start in (("a.heic", b"\0\0\0\x18ftypheic"), ("b.heic", b"\0\0\0\x18ftypmif1"), ("a.jxl", b"\xff\x0a")):
         assert reason(name, start + bytes(99)) == "has an unsupported format: convert it to JPEG or PNG"
+    assert "a damaged header" in reason("a.avif", b"\0\0\0\x18ftypmif1\0\0\0\0avifmif1" + bytes(99))
     assert reason("cut.png", png[:-200]).startswith("is truncated or damaged (")
     assert reason("cut.jpg", jpg[:-200]).startswith("is truncated or damaged (")
     assert reason("begun.png", png[:12]) == "has a damaged header or an unsupported variant of its format"

@@ -56,6 +56,9 @@ if flags["seed"] == "-1":
     sys.exit("the loss is no longer finite")
 if flags["seed"] == "-2":
     sys.exit(143)
+if flags["seed"] == "-3":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
 first = json.loads((run / "last.pt").read_text()) if resume else 0
 rows = (run / "metrics.jsonl").read_text().splitlines()[:first] if resume else []
 for epoch in range(first, int(flags["epochs"]) + 1):
@@ -177,10 +180,11 @@ def test_sweep_refuses_what_it_cannot_train(fake_code, tmp_path, monkeypatch):
     (tmp_path / "bad" / "last.pt").write_text("1")  # it has failed after its start: others go on
     refuses({"bad": ["--seed", "-1"], "good": ["--seed", "0", "--epochs", "1"]}, "^failed: bad; fix the cause, then")
     assert list(read_runs(tmp_path / "runs.jsonl")) == ["good"]
-    with pytest.raises(Stopped):  # a signal to the training stops all
-        train_sweep(
-            tmp_path, lambda finished: {"stopped": ["--seed", "-2"], "next": ["--seed", "0"]}, lambda _: fake_code
-        )
+    for seed in ("-2", "-3"):  # a signal to the training stops all, also if it has not begun
+        plan = {"stopped": ["--seed", seed], "next": ["--seed", "0"]}
+        with pytest.raises(Stopped):
+            train_sweep(tmp_path, lambda finished, plan=plan: plan, lambda name: fake_code)
+        (tmp_path / "stopped" / "last.pt").write_text("1")
     assert not (tmp_path / "next").exists()
     append_run(tmp_path / "runs.jsonl", {"name": "done"})
     train_sweep(tmp_path, lambda finished: {"done": []})  # nothing to train

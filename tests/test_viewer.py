@@ -390,6 +390,11 @@ while not (run / "finish").exists():
         shutil.rmtree(training_queue.folder)  # as a cleaner of /tmp does
         training_queue.handle("late", "stop")
         assert training_queue.handle("later", "start")["state"] == "training"
+        shutil.rmtree(training_queue.folder)  # while it trains
+        training_queue.process.kill()
+        training_queue.process.wait()
+        assert training_queue.handle("later", "status")["state"] == "failed"
+        assert training_queue.handle("last", "start")["state"] == "training"
         with pytest.raises(ValueError, match="letters and digits"):
             training_queue.handle("../../home", "start")
     finally:

@@ -323,8 +323,8 @@ def test_bad_files_give_one_sentence_and_execute_nothing(tmp_path, monkeypatch):
     reasons = {
         "config": r"was written by another version of convit_min\.py \(.*layers",
         "list": "contains no weights, neither directly nor under ema, ",
-        "pickled": r"contains convit_min\.ConViT, which is no tensor: save only a state_dict",
-        "numpy": r"contains numpy\S*scalar, which is no tensor",
+        "pickled": r"contains convit_min\.ConViT, which is not a tensor: save only the state_dict",
+        "numpy": r"contains numpy\S*scalar, which is not a tensor",
         "traced": "is a TorchScript file: save the state_dict of the model",
         "two": r"contains several models \(student\..*, teacher\..*\): save the state_dict of one",
         "whole.pt/file": "cannot be read: Not a directory",

@@ -20,6 +20,7 @@ from training.patterns import TEXTURES, patterns
 from weights import MAX_LISTED, list_names
 
 DATASETS = ["cifar10", "cifar100", "folder", "patterns"]
+MAX_NOTES = 1000  # of unreadable images: if there are more, the disk is probably gone
 NUM_SAMPLES = 64  # images on which the heads are measured every epoch
 
 
@@ -42,7 +43,7 @@ class ImageSet:
 class RunData:
     """The training and evaluation images of a run. Subclasses load them.
 
-    `num_train` and `num_eval` include unreadable files, `num_found` also those that --data-fraction leaves out.
+    `num_train` and `num_eval` include unreadable files; `num_found` is `num_train` before --data-fraction.
     """
 
     eval_splits = "test", "val", "valid"  # names of the folder with evaluation images; the first one that exists
@@ -211,7 +212,7 @@ def cifar_class(dataset: str) -> type:
 def decode(files: ImageSet, size: int, workers: int, crop_pct: float = 1.0) -> tuple[ImageSet, np.ndarray, list[str]]:
     """Decode all files, in parallel, and center-crop them to squares of `size` pixels.
 
-    Returns the images that can be read, their files, and for every other one the error.
+    Returns the images that can be read, their files, and the errors of the others.
     """
     try:
         pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
@@ -229,15 +230,17 @@ def decode(files: ImageSet, size: int, workers: int, crop_pct: float = 1.0) -> t
     options = {"max_workers": max(workers, 1), "desc": "reading images", "leave": False}
     options["disable"] = True if rank() > 0 else None  # None: unless the output is a terminal
     errors = thread_map(read, range(len(files)), **options)  # Pillow releases the GIL while it decodes
-    is_good = torch.tensor([not error for error in errors], dtype=torch.bool)
-    decoded = ImageSet(pixels, files.labels, files.classes)
-    return decoded.select(is_good), files.images[is_good.numpy()], [error for error in errors if error]
+    decoded, bad = ImageSet(pixels, files.labels, files.classes), [error for error in errors if error]
+    if not bad:  # selecting would copy all pixels
+        return decoded, files.images, bad
+    is_good = torch.tensor([not error for error in errors])
+    return decoded.select(is_good), files.images[is_good.numpy()], bad
 
 
 def report_unreadable(errors: list[str], count: int, is_usable: bool, config):
     """Name all unreadable images, of `count`. Raises UserError unless --skip-bad-images leaves enough."""
     if len(errors) > MAX_LISTED:
-        print0("\n".join(f"note: {error}" for error in sorted(errors)))
+        print0("\n".join(f"note: {error}" for error in sorted(errors)[:MAX_NOTES]))
     message = f"{len(errors)} of {count} images cannot be read: {list_names(errors)}"
     if errors and not (config.skip_bad_images and is_usable):
         raise UserError(f"{message}; {remedy(config)}")

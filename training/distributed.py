@@ -163,5 +163,5 @@ def _wait_for(collective: Callable, *args):
     try:
         collective(*args)
     except RuntimeError as error:
-        problem = "another process has failed or does not respond; if it printed an error, see there"
+        problem = "another process has failed or is not responding; see its error message, if there is one"
         raise UserError(f"{problem} ({error})") from error

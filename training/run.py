@@ -244,14 +244,12 @@ class Run:
     def _check_images(self, state: dict):
         """Keep the length of the run's epochs, and compare the numbers of images with those at its start."""
         self.data.epoch_length = self.config.epoch_length(state["num_train"])
-        before, now = (state["num_train"], state["num_eval"]), (self.data.num_train, self.data.num_eval)
-        found = state.get("num_found", self.data.num_found)
-        if found != self.data.num_found and self.config.data_fraction < 1:
-            change = f"note: --data-fraction drew from {found} images, and now draws others from {self.data.num_found}"
-            print0(f"{change}; the run is no longer exactly reproducible")
+        name = "num_found" if "num_found" in state else "num_train"  # older runs lack it
+        before, now = (state[name], state["num_eval"]), (getattr(self.data, name), self.data.num_eval)
         if before == now:
             return
-        counts = f"there are {now[0]} training and {now[1]} evaluation images"
+        subset = " (before --data-fraction)" if self.config.data_fraction < 1 and name == "num_found" else ""
+        counts = f"there are {now[0]} training{subset} and {now[1]} evaluation images"
         change = f"{counts}, but {self.dir} started with {before[0]} and {before[1]}"
         if self.config.val_fraction:  # the split would change: training images could be evaluated on
             repair = "restore the original files (--skip-bad-images leaves out unreadable ones)"

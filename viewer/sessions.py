@@ -1,5 +1,6 @@
 """Training runs that users start on the page: train_cifar.py on synthetic patterns, one run at a time."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -95,7 +96,8 @@ class TrainingQueue:
         if self.process and session == self.queue[0]:
             if self.process.poll():  # neither running nor finished
                 self.failed.add(session)
-                print((self.folder / ERRORS).read_text(errors="replace"), file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # /tmp may have been cleaned
+                    print((self.folder / ERRORS).read_text(errors="replace"), file=sys.stderr, flush=True)
             self.process.kill()
             self.process.wait()
             self.process = None
