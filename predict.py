@@ -24,7 +24,8 @@ import torch
 from analysis import check_index, plot_attention
 from convit_min import ConViT
 from images import preprocess
-from training.config import number
+from training.config import Parser, number
+from training.distributed import UserError, abort
 from training.folders import find_files, list_skipped
 from weights import open_model
 
@@ -60,7 +61,7 @@ def list_files(paths: list[Path]) -> list[Path]:
 def main():
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # keeps the results so far, removes a partial download
     sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8, byte for byte
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("model", help="run folder, weights file, or name of a released model")
     parser.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
     parser.add_argument("--top", type=number(int, 1), default=3, help="number of classes to print (default: 3)")
@@ -69,7 +70,10 @@ def main():
     output.add_argument("--csv", action="store_true", help="a CSV header, and one row per image")
     parser.add_argument("--attention", type=Path, metavar="FILE", help="plot the heads for the first readable image")
     parser.add_argument("--layer", type=int, default=1, help="layer to plot, from 1 (default: 1)")
-    args = parser.parse_args()
+    try:
+        args = parser.parse_args()
+    except UserError as error:
+        abort(error)
     try:
         model, files, status = open_model(args.model), list_files(args.images), 0
         if not files:

@@ -49,7 +49,8 @@ def open_model(source: str | Path) -> ConViT:
         reason = f"has no {missing[0]}" if missing else "does not match any model in convit_min.MODELS"
         is_vit = missing in ([], ["head.weight"])
         build = "build its model with create_model(...), and call load_weights"
-        raise ValueError(f"{source} {reason}: {build if is_vit else 'it is not a ConViT or ViT'}")
+        foreign = "it is not a ConViT, or a ViT with timm's parameter names"
+        raise ValueError(f"{source} {reason}: {build if is_vit else foreign}")
     if config.in_chans not in (1, 3):
         raise ValueError(f"{source} is for images of {config.in_chans} channels: only grayscale and RGB can be opened")
     if config.in_chans == 1:  # images are RGB: open an equivalent model of the mean of their channels

@@ -134,6 +134,9 @@ def test_command_line(demo, photo, tmp_path, monkeypatch, capsys):
             main()
         return str(stop.value)
 
+    assert run(DEMO, photos, "--jsn") == "2"
+    assert capsys.readouterr().err == ("predict.py: unrecognized arguments: --jsn; did you mean --json?\n")
+
     assert run(DEMO, photos, files[2], "--json", "--attention", attention, "--layer", "5") == "1"
     output = capsys.readouterr()
     records = [json.loads(line) for line in output.out.splitlines()]

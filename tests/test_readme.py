@@ -64,8 +64,9 @@ def find_commands() -> list[str]:
         for line in [*code_lines(text), *re.findall(r"`(python [^`]+)`", text)]:
             if match := re.search(r"(?:-- |python )((?:-m \w+\.|\w+\.py).*)", line):
                 command = re.split(r"\s{2,}", match[1].rstrip("'"))[0]  # a description may follow
-                commands.add(" ".join(shlex.split(command, comments=True)))
-    return sorted(command for command in commands if "$" not in command and "..." not in command)
+                if "$" not in command and "..." not in command:
+                    commands.add(" ".join(shlex.split(command, comments=True)))
+    return sorted(commands)
 
 
 def anchors(text: str) -> set[str]:

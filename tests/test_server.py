@@ -174,7 +174,7 @@ def test_page_of_released_weights(browser, tmp_path):
         assert box["width"] == pytest.approx(box["height"], abs=1)  # with 14 rows, too
 
 
-def test_invalid_arguments_exit_with_one_sentence(tmp_path, monkeypatch):
+def test_invalid_arguments_exit_with_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # it would outlast this test
     monkeypatch.setattr("signal.signal", lambda *_: None)
     taken = socket.create_server(("127.0.0.1", 0))
@@ -191,6 +191,11 @@ def test_invalid_arguments_exit_with_one_sentence(tmp_path, monkeypatch):
             app.main()
         error = exit_info.value.code
         assert error.startswith("app.py: ") and message in error and "\n" not in error
+    monkeypatch.setattr(sys, "argv", ["app.py", "--runs", str(DEMO)])
+    with pytest.raises(SystemExit) as exit_info:
+        app.main()
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == f"app.py: unrecognized arguments: --runs {DEMO}; did you mean --run?\n"
     taken.close()
 
 

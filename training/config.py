@@ -225,7 +225,7 @@ def parse_flags(config_class: type[RunConfig], description: str) -> RunConfig:
 
 def _flag_parser(config_class: type[RunConfig], description: str = "") -> argparse.ArgumentParser:
     """A parser with a flag per field."""
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     inherited = {field.name: field.metadata for field in dataclasses.fields(RunConfig)}
     for field in dataclasses.fields(config_class):
         options = dict(field.metadata or inherited[field.name])
@@ -263,7 +263,7 @@ def _read_config(file: str | Path) -> dict:
         raise UserError(f"{file} is not a config.json of this script") from error
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Raises UserError instead of exiting, and suggests the nearest flag."""
 
     def error(self, message: str):
