@@ -103,10 +103,13 @@ def kill_workers():
 
 
 def cleanup():
-    """Leave the process group, all ranks together: no rank exits while others still communicate."""
+    """Leave the process group, all ranks together: no rank exits while others still communicate. Ends the process."""
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # at once: threads of PyTorch's that outlive the group may abort while Python shuts down
 
 
 def from_rank0(function: Callable, *args):
