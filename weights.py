@@ -107,8 +107,8 @@ def read_weights(source: str) -> Weights:
         if "TorchScript" in str(error):
             raise ValueError(f"{source} is a TorchScript file: save the state_dict of the model") from error
         if found := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error)):  # by weights_only
-            found = f"{found[1]}, which is not a tensor"
-            raise ValueError(f"{source} contains {found}: save only the state_dict") from error
+            problem = f"contains {found[1]}, which is not a tensor"
+            raise ValueError(f"{source} {problem}: save only the state_dict") from error
         if is_url:
             Path(path).unlink(missing_ok=True)  # so that the next call downloads it again
         raise ValueError(f"{source} is damaged, or is not a PyTorch checkpoint") from error
@@ -193,8 +193,8 @@ def _load(model: ConViT, weights: Weights, source: str, new: Collection[str] = (
         "unexpected": state.keys() - expected.keys(),
         "with a different shape": {key for key in state if key in expected and state[key].shape != expected[key].shape},
     }
-    limit = MAX_LISTED // max(sum(map(bool, mismatches.values())), 1)  # so many in all
-    problems = [f"{problem}: {list_names(keys, limit)}" for problem, keys in mismatches.items() if keys]
+    mismatches = {problem: keys for problem, keys in mismatches.items() if keys}
+    problems = [f"{problem}: {list_names(keys, MAX_LISTED // len(mismatches))}" for problem, keys in mismatches.items()]
     num_heads = (weights.config or model.config).num_heads  # without GPSA, no shape depends on it
     if problems or num_heads != model.config.num_heads:
         name, config = infer_model(weights.state)

@@ -244,9 +244,10 @@ def compare(folder: Path, runs: list[Path]):
         if not (run / "metrics.jsonl").exists():
             raise UserError(f"{run} is not a run folder of train_cifar.py")
     records = [*map(read_run, runs), *finished]
-    if len({bool(run["config"].get("val_fraction")) for run in records}) > 1:
+    has_split = {bool(run["config"].get("val_fraction")) for run in records}
+    if len(has_split) > 1:
         raise UserError("only some of the runs have a validation split: compare them separately")
-    images = "validation" if records[0]["config"].get("val_fraction") else "test"
+    images = "validation" if True in has_split else "test"
     figure, rows = Figure(figsize=(9, 3.2), layout="constrained"), []
     panels = figure.subplots(1, 2)
     for run in records:

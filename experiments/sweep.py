@@ -56,8 +56,8 @@ def train_sweep(folder: Path, get_plan: Callable[[dict], Plan], prepare: Callabl
     failed = []
     while True:
         finished = read_runs(folder / "runs.jsonl")
-        plan = {name: flags for name, flags in get_plan(finished).items() if flags}
-        missing = {name: flags for name, flags in plan.items() if name not in (*finished, *failed)}
+        done = {*finished, *failed}
+        missing = {name: flags for name, flags in get_plan(finished).items() if flags and name not in done}
         if not missing:
             break
         name, run_lock = lock_one(folder, list(missing))

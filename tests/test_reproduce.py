@@ -502,6 +502,7 @@ def test_user_errors_are_one_sentence(tree, tmp_path, run_script, monkeypatch):
     assert "plain is a plain ViT: it has no gates" in error("gates", "--run", plain, *not_loaded)
     assert "has no runs.jsonl with finished runs" in error("compare", tree)
     assert "typo is not a run folder of train_cifar.py" in error("compare", ROOT / "results/tuning", "typo")
+    assert "compare them separately" in error("compare", ROOT / "results/tuning", DEMO)  # one has no validation split
     monkeypatch.setitem(sys.modules, "scipy", None)
     assert "the report needs a package: pip install scipy" in error("report")
 
