@@ -7,7 +7,7 @@
 
 All variants of a model take turns. Compare ratios within one table; images/s depend on the machine. "of peak" is the
 model FLOP/s as a fraction of the FLOP/s of a large matrix product in the same run (on a GPU: the MFU, with a measured
-peak). Memory is what a model and two training steps add to the peak of a new process. Needs requirements-dev.txt.
+peak). Memory is what a model and two training steps add to the peak of a process. Needs requirements-dev.txt.
 Writes results/benchmarks/model-DEVICE-DTYPE[-compiled].{json,md,png}.
 """
 
@@ -124,7 +124,7 @@ def training_and_inference(variant: str, config: ConViTConfig, batch_size: int, 
 
 
 def peak_memory(device: str) -> float:
-    """Peak memory of this process so far in MiB: allocated on the GPU, else resident."""
+    """Peak memory of this process so far in MiB: allocated on the GPU since the last reset, else resident."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -132,6 +132,9 @@ def peak_memory(device: str) -> float:
 
 def training_memory(variant: str, config: ConViTConfig, batch_size: int, args) -> float:
     """MiB that a model and two training steps add to the peak memory of this process."""
+    if args.device == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
     before = peak_memory(args.device)
     train = training_and_inference(variant, config, batch_size, args)["train"]
     train()
@@ -164,13 +167,17 @@ def compare(name: str, config: ConViTConfig, batch_size: int, variants: Iterable
     del steps
     torch.compiler.reset()  # later models would exceed the recompile limit
     gc.collect()  # compiled models are in reference cycles
-    torch.cuda.empty_cache()  # the processes that measure memory need it
 
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc returns freed tensors at once; else the peak varies by 10%
     memory, rows = {}, []
-    for variant in variants:  # each in a new process; Linux would let a spawned one begin at the peak of this one
+    for variant in variants:
+        measure = partial(training_memory, variant, config, batch_size, args)
+        if args.device == "cuda":
+            memory[variant] = measure()
+            continue
+        # each in a new process; Linux would let a spawned one begin at the peak of this one
         with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
-            memory[variant] = pool.submit(training_memory, variant, config, batch_size, args).result()
+            memory[variant] = pool.submit(measure).result()
     for variant in variants:
         row = {"model": name, "size": config.image_shape[1], "tokens": math.prod(config.grid)}
         row |= {"batch": batch_size, "variant": variant}

@@ -6,6 +6,7 @@ seed. Only the test accuracy after the last step is compared, in the contrasts b
 """
 
 import os
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -58,13 +59,16 @@ def tune_learning_rate(model: str, fraction: float, records: dict[str, dict]) ->
         learning_rates |= {best / 2, best * 2}
 
 
-def make_plan(records: dict[str, dict], data_dir: str = Config.data_dir) -> Plan:
-    """All runs, the most important first. A run whose learning rate is not chosen yet has no flags."""
+def make_plan(records: dict[str, dict], data_dir: str = Config.data_dir, options: Sequence[str] = ()) -> Plan:
+    """All runs, the most important first. A run whose learning rate is not chosen yet has no flags.
+
+    `options` are further flags of all runs, which do not change what they compute, such as --compile.
+    """
     plan, best_lr = {}, {}
 
     def add(name: str, model: str, fraction: float, lr: float | None, flags: str):
         setting = f"{MODELS[model]} --data-fraction {fraction} --lr {lr or 0:g} {flags}"
-        plan[name] = [*RECIPE.split(), "--data-dir", data_dir, *setting.split()] if lr else []
+        plan[name] = [*RECIPE.split(), "--data-dir", data_dir, *setting.split(), *options] if lr else []
 
     for fraction in FRACTIONS:
         for model in MODELS:
@@ -77,21 +81,22 @@ def make_plan(records: dict[str, dict], data_dir: str = Config.data_dir) -> Plan
     for seed, (name, variant) in product(SEEDS, VARIANTS.items()):
         add(f"{name}-10%-seed{seed}", "convit", 0.1, best_lr["convit", 0.1], f"{variant} --seed {seed} {FULL_LENGTH}")
     for seed, (name, arm) in product(PATTERN_SEEDS, PATTERN_ARMS.items()):
-        plan[f"patterns-{name}-seed{seed}"] = f"{PATTERNS} {arm} --seed {seed}".split()
+        plan[f"patterns-{name}-seed{seed}"] = [*f"{PATTERNS} {arm} --seed {seed}".split(), *options]
     for seed, model in product(SEEDS, MODELS):
         name, lr = f"{model}-pool-mean-10%-seed{seed}", best_lr[model, 0.1]
         add(name, model, 0.1, lr, f"--pool mean --seed {seed} {FULL_LENGTH}")
     return plan
 
 
-def train(out: Path, data_dir: str, list_only: bool):
+def train(out: Path, data_dir: str, compile: bool, list_only: bool):
     """Train the missing runs, with one thread."""
+    options = ["--compile"] * compile
     if list_only:
         records = read_runs(out / "runs.jsonl")
-        for name, flags in make_plan(records, data_dir).items():
+        for name, flags in make_plan(records, data_dir, options).items():
             print("done" if name in records else "todo" if flags else "wait", name, *flags)
         return
     if hasattr(os, "nice"):  # Windows lacks it; there, train_sweep says that it cannot train
         os.nice(10)
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    train_sweep(out, lambda finished: make_plan(finished, data_dir))
+    train_sweep(out, lambda finished: make_plan(finished, data_dir, options))

@@ -34,6 +34,7 @@ def main():
 
     command = add_command("grid", grid.train, "train the missing runs of the grid", "runs/grid")
     command.add_argument("--data-dir", default=Config.data_dir, help="see train_cifar.py (%(default)s)")
+    command.add_argument("--compile", action="store_true", help="torch.compile all models, for a GPU")
     command.add_argument("--list", action="store_true", dest="list_only", help="print the state and flags of all runs")
 
     add_command("report", report.write_grid, "tables, tests, and figures of the grid", "results/evidence")

@@ -251,7 +251,7 @@ def test_finished_runs_have_the_flags_of_the_plan(monkeypatch):
     done = {name: flags for name, flags in grid.make_plan(records).items() if name in records}
     assert len(done) == len(records) > 6
     assert f"\n{len(records)} of " in (ROOT / "results/evidence/README.md").read_text()  # else, write the report again
-    elsewhere = {"run", "data_dir", "dataset", "device", "workers", "resume"}  # where it was trained, or inferred
+    elsewhere = {"run", "data_dir", "dataset", "device", "compile", "workers", "resume"}  # where trained, or inferred
     for name, flags in done.items():
         config, record = vars(parse(flags, monkeypatch)), records[name]["config"]
         same = {flag for flag in record if config[flag] == record[flag]}
@@ -266,7 +266,7 @@ def test_grid_command_trains_the_missing_runs(finished, fake_code, tmp_path, run
     monkeypatch.setattr("experiments.sweep.CODE", fake_code)
     missing = ["tune-convit-10%-lr0.0005", "convit-10%-seed3"]
     write_records({name: record for name, record in finished.items() if name not in missing}, tmp_path / "out")
-    argv = ["grid", "--out", tmp_path / "out", "--data-dir", "data/cifar10"]
+    argv = ["grid", "--out", tmp_path / "out", "--data-dir", "data/cifar10", "--compile"]
     lines = run_script(reproduce, *argv, "--list")[1].splitlines()
     assert [line.split()[:2] for line in lines if line[:4] != "done"] == [["todo", missing[0]], ["wait", missing[1]]]
     with open(tmp_path / "out" / f"{missing[0]}.lock", "w") as lock:
@@ -283,7 +283,7 @@ def test_grid_command_trains_the_missing_runs(finished, fake_code, tmp_path, run
         recipe = (
             "--steps-per-epoch 2500 --amp bf16 --batch-size 32 --data-dir data/cifar10 --data-fraction 0.1 --lr 0.0005"
         )
-        command = f"python train_cifar.py {recipe} {flags} --run {tmp_path / 'out' / name}"
+        command = f"python train_cifar.py {recipe} {flags} --compile --run {tmp_path / 'out' / name}"
         assert records[name]["provenance"][0]["command"] == command
     assert len(records) == len(finished) and run_script(reproduce, *argv)[0] == 0  # nothing left to train
 
