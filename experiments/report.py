@@ -33,12 +33,12 @@ Test accuracy after the last of 10,000 steps. A contrast is the mean difference 
 95% confidence interval and a paired t-test; Holm's method adjusts p (but not the interval) for all planned contrasts.
 A contrast counts as equivalent to 0 within {MARGIN} points if two one-sided tests, each at the 5% level and unadjusted,
 rule out larger differences. Intervals cover what a seed draws (weights, subset, order, augmentation), not the choice of
-test images. While pairs are missing, verdicts are preliminary."""
+test images. A verdict is preliminary while pairs are missing."""
 TUNING_NOTES = "One run each, with seed 100: 5,000 steps, evaluated on a 10% validation split."
 PATTERN_NOTES = """\
-3,120 steps of 32 images, in fp32, at a learning rate of 0.001, not tuned, unless the arm has another; accuracy is
-measured every 156 steps. learned: the default; vit: the plain ViT; gates-X: gates frozen at X; gate-lr-1: gates at the
-learning rate of the other weights. No tests."""
+3,120 steps of 32 images, in fp32 (TF32 on a GPU), at a learning rate of 0.001, not tuned, unless the arm has another;
+accuracy is measured every 156 steps. learned: the default; vit: the plain ViT; gates-X: gates frozen at X; gate-lr-1:
+gates at the learning rate of the other weights. No tests."""
 Settings = dict[tuple[str, str], dict[int, list[dict]]]  # metrics by (model, data fraction) and seed
 
 
@@ -214,7 +214,7 @@ def write_grid(out: Path):
     commits = {commit[:7] + "-dirty" * commit.endswith("-dirty") for commit in commits}
     parts = [
         "# ConViT and a plain ViT on 10% and on all of CIFAR-10",
-        f"{len(finished)} of {len(names)} planned runs are finished: [runs.jsonl](runs.jsonl), trained at commit "
+        f"{len(finished)} of the {len(names)} planned runs: [runs.jsonl](runs.jsonl), trained at commit "
         f"{', '.join(sorted(commits))}; {'; '.join(summary['hardware'])}. `{summary['command']}` writes this page.",
         GRID_NOTES,
         *([accuracy_table(settings)] if settings else []),
@@ -229,7 +229,8 @@ def write_grid(out: Path):
         if shown:
             plot(shown).savefig(out / f"{name}.png", dpi=120)
             parts.append(f"![{caption}]({name}.png)")
-    parts += ["## Learning rates", TUNING_NOTES, tuning_table(records)]
+    if any(name.startswith("tune-") for name in finished):
+        parts += ["## Learning rates", TUNING_NOTES, tuning_table(records)]
     if arms:
         parts += ["## Synthetic patterns", PATTERN_NOTES, patterns_table(arms)]
     write_text(out / "README.md", "\n\n".join(parts) + "\n")

@@ -246,14 +246,14 @@ def test_paired_runs_differ_only_in_what_is_compared(finished, monkeypatch):
         assert common[0]["seed"] == seed and common[0]["steps_per_epoch"] * common[0]["epochs"] == 10_000
 
 
-def test_finished_runs_have_the_flags_of_the_plan(monkeypatch):
-    records = read_runs(ROOT / "results/evidence/runs.jsonl")
-    done = {name: flags for name, flags in grid.make_plan(records).items() if name in records}
-    assert len(done) == len(records) > 6
-    assert f"\n{len(records)} of " in (ROOT / "results/evidence/README.md").read_text()  # else, write the report again
+@pytest.mark.parametrize("folder", ["evidence", "evidence-cpu"])
+def test_finished_runs_have_the_flags_of_the_plan(folder, monkeypatch):
+    plan = grid.make_plan(read_runs(ROOT / "results/evidence/runs.jsonl"))  # has the tuning runs of both
+    records = read_runs(ROOT / "results" / folder / "runs.jsonl")
+    assert f"\n{len(records)} of " in (ROOT / "results" / folder / "README.md").read_text()  # else, report again
     elsewhere = {"run", "data_dir", "dataset", "device", "compile", "workers", "resume"}  # where trained, or inferred
-    for name, flags in done.items():
-        config, record = vars(parse(flags, monkeypatch)), records[name]["config"]
+    for name in records:
+        config, record = vars(parse(plan[name], monkeypatch)), records[name]["config"]
         same = {flag for flag in record if config[flag] == record[flag]}
         assert record.keys() - same <= elsewhere
         later = {flag: config[flag] for flag in config.keys() - record.keys()}  # flags that it did not have
@@ -309,7 +309,7 @@ def test_report_of_tuning_runs_alone(finished, tmp_path, run_script):
     write_records(tuning, tmp_path / "out")
     assert run_script(reproduce, "report", "--out", tmp_path / "out")[0] == 0
     text = (tmp_path / "out/README.md").read_text()
-    assert f"\n{len(tuning)} of {len(finished)} planned runs are finished" in text
+    assert f"\n{len(tuning)} of the {len(finished)} planned runs: " in text
     assert "| ConViT - plain ViT, 10% | 0 of 5 |\n" in text and "| each seed |" not in text
     assert "| ConViT | 10% | 0.001 | 50.0 | yes |" in text and "| ConViT | 10% | 0.002 | 50.0 |  |" in text
     assert "| plain ViT | 10% | 0.001 | 50.0 |  |" in text and "| plain ViT | 100% | 0.000125 | 50.0 | yes |" in text
@@ -360,7 +360,7 @@ def test_report_of_the_finished_grid(finished, tmp_path, run_script):
     write_records(records, tmp_path / "out")
     assert run_script(reproduce, "report", "--out", tmp_path / "out")[0] == 0
     text = (tmp_path / "out/README.md").read_text()
-    assert f"\n{len(finished)} of {len(finished)} planned runs are finished" in text
+    assert f"\n{len(finished)} of the {len(finished)} planned runs: " in text
     assert "trained at commit 2c4125a, 2c4125a-dirty;" in text
     contrasts = re.findall(r"^\| .* \| 5 of 5 \| (\S+) .* \| (.*) \|$", text, re.MULTILINE)
     expected = ["+4.0", "different"], ["-1.0", "different, by less than 1.5 points"]
@@ -458,7 +458,7 @@ def test_masking_matches_the_reference(tree, run_script, tmp_path):
 
 
 def test_comparison_gives_the_committed_tables(tmp_path, run_script):
-    for name, runs in (("tuning", []), ("patterns", []), ("cifar10", [DEMO])):
+    for name, runs in (("tuning", []), ("cifar10", [DEMO])):
         committed = (ROOT / "results" / name / "README.md").read_text()
         (tmp_path / name).mkdir()
         shutil.copy(ROOT / "results" / name / "runs.jsonl", tmp_path / name)
@@ -469,8 +469,9 @@ def test_comparison_gives_the_committed_tables(tmp_path, run_script):
             plot.verify()
 
 
-def test_report_is_that_of_the_runs(run_script, tmp_path):
-    committed = ROOT / "results/evidence"
+@pytest.mark.parametrize("folder", ["evidence", "evidence-cpu"])
+def test_report_is_that_of_the_runs(folder, run_script, tmp_path):
+    committed = ROOT / "results" / folder
     shutil.copy(committed / "runs.jsonl", tmp_path)
     assert run_script(reproduce, "report", "--out", tmp_path)[0] == 0
     pages = [(folder / "README.md").read_text().split("\n\n", 2)[2] for folder in (committed, tmp_path)]
