@@ -33,7 +33,7 @@ Test accuracy after the last of 10,000 steps. A contrast is the mean difference 
 95% confidence interval and a paired t-test; Holm's method adjusts p (but not the interval) for all planned contrasts.
 A contrast counts as equivalent to 0 within {MARGIN} points if two one-sided tests, each at the 5% level and unadjusted,
 rule out larger differences. Intervals cover what a seed draws (weights, subset, order, augmentation), not the choice of
-test images. A verdict is preliminary while pairs are missing."""
+test images or of learning rates (one run each). A verdict is preliminary while pairs are missing."""
 TUNING_NOTES = "One run each, with seed 100: 5,000 steps, evaluated on a 10% validation split."
 PATTERN_NOTES = """\
 3,120 steps of 32 images, in fp32 (TF32 on a GPU), at a learning rate of 0.001, not tuned, unless the arm has another;
@@ -229,8 +229,7 @@ def write_grid(out: Path):
         if shown:
             plot(shown).savefig(out / f"{name}.png", dpi=120)
             parts.append(f"![{caption}]({name}.png)")
-    if any(name.startswith("tune-") for name in finished):
-        parts += ["## Learning rates", TUNING_NOTES, tuning_table(records)]
+    parts += ["## Learning rates", TUNING_NOTES, tuning_table(records)]
     if arms:
         parts += ["## Synthetic patterns", PATTERN_NOTES, patterns_table(arms)]
     write_text(out / "README.md", "\n\n".join(parts) + "\n")

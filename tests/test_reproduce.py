@@ -250,12 +250,14 @@ def test_paired_runs_differ_only_in_what_is_compared(finished, monkeypatch):
 def test_finished_runs_have_the_flags_of_the_plan(folder, monkeypatch):
     plan = grid.make_plan(read_runs(ROOT / "results/evidence/runs.jsonl"))  # has the tuning runs of both
     records = read_runs(ROOT / "results" / folder / "runs.jsonl")
-    assert f"\n{len(records)} of " in (ROOT / "results" / folder / "README.md").read_text()  # else, report again
+    page = (ROOT / "results" / folder / "README.md").read_text()
+    assert f"\n{len(records)} of the {len(plan)} planned runs: " in page  # else, write the report again
     elsewhere = {"run", "data_dir", "dataset", "device", "compile", "workers", "resume"}  # where trained, or inferred
     for name in records:
         config, record = vars(parse(plan[name], monkeypatch)), records[name]["config"]
         same = {flag for flag in record if config[flag] == record[flag]}
         assert record.keys() - same <= elsewhere
+        assert (record["dataset"] == "patterns") == name.startswith("patterns-")
         later = {flag: config[flag] for flag in config.keys() - record.keys()}  # flags that it did not have
         assert later.items() <= vars(Config()).items()
 
