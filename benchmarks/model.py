@@ -1,13 +1,13 @@
 """Speed and memory of ConViT, timm's ConViT and plain ViTs of the same shape, compared in one run.
 
-    python -m benchmarks.model                                       CPU: about 15 minutes on two cores
-    python -m benchmarks.model --dtype bf16                          mixed precision
-    python -m benchmarks.model --device cuda --dtype bf16 --compile  GPU
-    python -m benchmarks.model --quick                               smoke test: one small model, few repetitions
+    python -m benchmarks.model                               CPU: about 15 minutes on two cores
+    python -m benchmarks.model --dtype bf16                  mixed precision
+    python -m benchmarks.model --device cuda --dtype bf16    GPU: two minutes on an H100; --compile takes longer
+    python -m benchmarks.model --quick                       smoke test: one small model, few repetitions
 
 All variants of a model take turns. Compare ratios within one table; images/s depend on the machine. "of peak" is the
 model FLOP/s as a fraction of the FLOP/s of a large matrix product in the same run (on a GPU: the MFU, with a measured
-peak). Memory is what a model and two training steps add to the peak of a process. Needs requirements-dev.txt.
+peak). Memory is how much a model and two training steps raise the peak of a process. Needs requirements-dev.txt.
 Writes results/benchmarks/model-DEVICE-DTYPE[-compiled].{json,md,png}.
 """
 
@@ -41,7 +41,7 @@ BATCH_SIZES = {
     "cuda": {"convit_tiny": 256, "convit_small": 256, "convit_base": 128, "convit_cifar": 1024},
 }
 SCALING_SIZES = [224, 320, 448, 640]  # pixels
-TOKENS_PER_GIB = 500  # per scaling step on a GPU: fills it, and timm's ConViT at 640 px (2.3 GiB per image) still fits
+TOKENS_PER_GIB = 500  # per scaling step on a GPU: timm's ConViT at 640 px then takes half of the memory
 TABLE_HEADER = """\
 | model | px | batch | variant | inference img/s | ratio | of peak | training img/s | ratio | of peak | MiB | ratio |
 |---|---|---|---|---|---|---|---|---|---|---|---|
@@ -130,10 +130,16 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def forget_models():
+    """Free models that nothing uses. Their compiled code would count toward the limit of recompilations."""
+    torch.compiler.reset()
+    gc.collect()  # compiled models are in reference cycles
+
+
 def training_memory(variant: str, config: ConViTConfig, batch_size: int, args) -> float:
     """MiB that a model and two training steps add to the peak memory of this process."""
+    forget_models()
     if args.device == "cuda":
-        gc.collect()
         torch.cuda.reset_peak_memory_stats()
     before = peak_memory(args.device)
     train = training_and_inference(variant, config, batch_size, args)["train"]
@@ -159,25 +165,23 @@ def forward_flops(config: ConViTConfig) -> int:
 
 def compare(name: str, config: ConViTConfig, batch_size: int, variants: Iterable[str], args) -> list[dict]:
     """Speed and memory of one model at one image size, a table row per variant."""
+    forget_models()
     steps = {variant: training_and_inference(variant, config, batch_size, args) for variant in variants}
     seconds = {
         mode: time_interleaved({variant: steps[variant][mode] for variant in variants}, args.repetitions)
         for mode in ("train", "infer")
     }
     del steps
-    torch.compiler.reset()  # later models would exceed the recompile limit
-    gc.collect()  # compiled models are in reference cycles
 
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc returns freed tensors at once; else the peak varies by 10%
     memory, rows = {}, []
     for variant in variants:
         measure = partial(training_memory, variant, config, batch_size, args)
         if args.device == "cuda":
             memory[variant] = measure()
-            continue
-        # each in a new process; Linux would let a spawned one begin at the peak of this one
-        with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
-            memory[variant] = pool.submit(measure).result()
+        else:  # each in a new process; Linux would let a spawned one begin at the peak of this one
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc then returns freed tensors at once; else, 10% noise
+            with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
+                memory[variant] = pool.submit(measure).result()
     for variant in variants:
         row = {"model": name, "size": config.image_shape[1], "tokens": math.prod(config.grid)}
         row |= {"batch": batch_size, "variant": variant}
@@ -218,7 +222,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile all variants")
     parser.add_argument("--quick", action="store_true", help="smoke test: convit_cifar_nano only, no scaling plot")
     args = parser.parse_args()
-    scaling_tokens = 1  # per step: one image on a CPU; on a GPU, what fills it
+    scaling_tokens = 1  # per step: one image on a CPU
     if args.device == "cuda":
         if not torch.cuda.is_available():
             parser.error("--device cuda: PyTorch finds no CUDA device")

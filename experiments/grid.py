@@ -6,7 +6,6 @@ seed. Only the test accuracy after the last step is compared, in the contrasts b
 """
 
 import os
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +20,7 @@ MODELS = {"convit": "", "vit": "--gpsa-layers 0"}
 LEARNING_RATES = [2.5e-4, 5e-4, 1e-3]  # extended by factors of 2 if the best is the lowest or the highest
 SEEDS = range(5)
 VARIANTS = {"gates-0.5": "--gating frozen --gate-init 0", "gates-0.73": "--gating frozen"}  # of ConViT, on 10%
-# in fp32, so that no arm fails for lack of precision
+# in fp32 (on a GPU: TF32), so that no arm fails for lack of precision
 PATTERNS = "--dataset patterns --data-fraction 0.25 --epochs 20 --batch-size 32 --crop-padding 0 --no-hflip"
 PATTERN_SEEDS = range(3)
 PATTERN_ARMS = {
@@ -59,16 +58,13 @@ def tune_learning_rate(model: str, fraction: float, records: dict[str, dict]) ->
         learning_rates |= {best / 2, best * 2}
 
 
-def make_plan(records: dict[str, dict], data_dir: str = Config.data_dir, options: Sequence[str] = ()) -> Plan:
-    """All runs, the most important first. A run whose learning rate is not chosen yet has no flags.
-
-    `options` are further flags of all runs, which do not change what they compute, such as --compile.
-    """
+def make_plan(records: dict[str, dict], data_dir: str = Config.data_dir) -> Plan:
+    """All runs, the most important first. A run whose learning rate is not chosen yet has no flags."""
     plan, best_lr = {}, {}
 
     def add(name: str, model: str, fraction: float, lr: float | None, flags: str):
         setting = f"{MODELS[model]} --data-fraction {fraction} --lr {lr or 0:g} {flags}"
-        plan[name] = [*RECIPE.split(), "--data-dir", data_dir, *setting.split(), *options] if lr else []
+        plan[name] = [*RECIPE.split(), "--data-dir", data_dir, *setting.split()] if lr else []
 
     for fraction in FRACTIONS:
         for model in MODELS:
@@ -81,7 +77,7 @@ def make_plan(records: dict[str, dict], data_dir: str = Config.data_dir, options
     for seed, (name, variant) in product(SEEDS, VARIANTS.items()):
         add(f"{name}-10%-seed{seed}", "convit", 0.1, best_lr["convit", 0.1], f"{variant} --seed {seed} {FULL_LENGTH}")
     for seed, (name, arm) in product(PATTERN_SEEDS, PATTERN_ARMS.items()):
-        plan[f"patterns-{name}-seed{seed}"] = [*f"{PATTERNS} {arm} --seed {seed}".split(), *options]
+        plan[f"patterns-{name}-seed{seed}"] = f"{PATTERNS} {arm} --seed {seed}".split()
     for seed, model in product(SEEDS, MODELS):
         name, lr = f"{model}-pool-mean-10%-seed{seed}", best_lr[model, 0.1]
         add(name, model, 0.1, lr, f"--pool mean --seed {seed} {FULL_LENGTH}")
@@ -89,14 +85,18 @@ def make_plan(records: dict[str, dict], data_dir: str = Config.data_dir, options
 
 
 def train(out: Path, data_dir: str, compile: bool, list_only: bool):
-    """Train the missing runs, with one thread."""
-    options = ["--compile"] * compile
+    """Train the missing runs, each with one thread."""
+
+    def plan(records: dict[str, dict]) -> Plan:
+        runs = make_plan(records, data_dir)
+        return {name: [*flags, "--compile"] if flags and compile else flags for name, flags in runs.items()}
+
     if list_only:
         records = read_runs(out / "runs.jsonl")
-        for name, flags in make_plan(records, data_dir, options).items():
+        for name, flags in plan(records).items():
             print("done" if name in records else "todo" if flags else "wait", name, *flags)
         return
     if hasattr(os, "nice"):  # Windows lacks it; there, train_sweep says that it cannot train
         os.nice(10)
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    train_sweep(out, lambda finished: make_plan(finished, data_dir, options))
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    train_sweep(out, plan)

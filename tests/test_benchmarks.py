@@ -78,6 +78,16 @@ def test_quick_run_writes_a_row_per_variant(tmp_path, monkeypatch):
     model.plot_scaling(rows).savefig(tmp_path / "scaling.png")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_several_compiled_models_on_a_gpu(tmp_path, monkeypatch):
+    """Code of one model does not count toward the recompilations of the next."""
+    names = ["convit_cifar_nano", "convit_cifar"]
+    run(model, monkeypatch, "--quick", "--device", "cuda", "--compile", "--models", *names, "--out", tmp_path)
+    rows = json.loads((tmp_path / "model-cuda-fp32-compiled.json").read_text())["rows"]
+    assert len(rows) == 2 * len(model.VARIANTS) and all(row["memory"]["mib"] > 5 for row in rows)
+
+
 def test_data_loading_times_every_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # it would outlast this test
     with pytest.raises(SystemExit):
