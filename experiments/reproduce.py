@@ -6,8 +6,8 @@
     python -m experiments.reproduce masking         repeat Tables 5 and 6 for such a run
     python -m experiments.reproduce compare DIR     write a table and a plot of the runs in DIR/runs.jsonl
 
-Only the first trains. Rerun it to resume it; several processes can share the grid: one per CPU core, or many
-on a GPU (docs/results.md).
+Only the first trains. Rerun it to resume it; several processes can share the grid: one per CPU core, or many on a GPU
+(docs/results.md).
 """
 
 import argparse
