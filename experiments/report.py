@@ -54,7 +54,7 @@ def verdict(p: float, p_equivalence: float) -> str:
     is_close = p_equivalence < 0.05
     if p < 0.05:
         return f"different, by less than {MARGIN} points" if is_close else "different"
-    return f"equivalent within {MARGIN} points" if is_close else "not told apart"
+    return f"equivalent within {MARGIN} points" if is_close else "undecided"
 
 
 def holm(p_values: list[float]) -> np.ndarray:
@@ -209,13 +209,19 @@ def write_grid(out: Path):
             arms.setdefault(setting.removeprefix("patterns-"), {})[int(seed)] = record["metrics"]
         elif setting:
             settings.setdefault(tuple(setting.rsplit("-", 1)), {})[int(seed)] = record["metrics"]
-    summary = provenance_summary(list(finished.values()))
-    commits = {str(entry["commit"]) for record in finished.values() for entry in record["provenance"]}
-    commits = {commit[:7] + "-dirty" * commit.endswith("-dirty") for commit in commits}
+    summary, trained = provenance_summary(list(finished.values())), {}  # commits by device
+    for record in finished.values():
+        entry = record["provenance"][0]
+        commit = str(entry["commit"])[:7] + "-dirty" * str(entry["commit"]).endswith("-dirty")
+        trained.setdefault(entry["device"], []).append(commit)
+    trained = "; ".join(
+        f"{len(runs)} on {device} at {', '.join(sorted(set(runs)))}" for device, runs in commits.items()
+    )
     parts = [
         "# ConViT and a plain ViT on 10% and on all of CIFAR-10",
-        f"{len(finished)} of the {len(names)} planned runs: [runs.jsonl](runs.jsonl), trained at commit "
-        f"{', '.join(sorted(commits))}; {'; '.join(summary['hardware'])}. `{summary['command']}` writes this page.",
+        f"{len(finished)} of the {len(names)} planned runs: [runs.jsonl](runs.jsonl), trained {'; '.join(trained)}. "
+        f'docs/results.md, "Sample efficiency and gating", describes them. `{summary["command"]}` writes this page.',
+        f"Machines: {'; '.join(summary['hardware'])}.",
         GRID_NOTES,
         *([accuracy_table(settings)] if settings else []),
         contrast_table(settings),

@@ -296,7 +296,7 @@ def test_verdicts_and_intervals():
     assert report.verdict(0.04, 0.01) == "different, by less than 1.5 points"
     assert report.verdict(0.06, 0.01) == "equivalent within 1.5 points"
     assert report.verdict(0.04, 0.5) == "different"
-    assert report.verdict(0.06, 0.5) == "not told apart"
+    assert report.verdict(0.06, 0.5) == "undecided"
 
 
 def test_holm_adjusts_each_p_by_its_rank():
@@ -340,7 +340,7 @@ def test_report_of_an_unfinished_grid(tmp_path, run_script):
     assert "| ConViT | 100% | 70.0 | 1 | 70.0 |\n" in text and "| plain ViT, mean pooling | 10% | 50.0 | 1 |" in text
     contrasts = re.findall(r"^\| (.*) \| (\d of 5) \|(.*)", text, re.MULTILINE)
     assert [pairs for _, pairs, _ in contrasts] == ["3 of 5", "1 of 5", "1 of 5", "0 of 5"]
-    assert contrasts[0][2] == " +4.0 (+1.5 to +6.5) | 0.0202 | 0.0808 | 0.975 | not told apart |"
+    assert contrasts[0][2] == " +4.0 (+1.5 to +6.5) | 0.0202 | 0.0808 | 0.975 | undecided |"
     assert not any(rest for *_, rest in contrasts[1:])
     assert "| learned | 20, never | 100.0, 50.0 | 1.000, 1.000 |" in text
     for name in ("accuracy", "curves", "heads"):
@@ -363,7 +363,7 @@ def test_report_of_the_finished_grid(finished, tmp_path, run_script):
     assert run_script(reproduce, "report", "--out", tmp_path / "out")[0] == 0
     text = (tmp_path / "out/README.md").read_text()
     assert f"\n{len(finished)} of the {len(finished)} planned runs: " in text
-    assert "trained at commit 2c4125a, 2c4125a-dirty;" in text
+    assert "trained 81 on CPU at 2c4125a, 2c4125a-dirty. " in text
     contrasts = re.findall(r"^\| .* \| 5 of 5 \| (\S+) .* \| (.*) \|$", text, re.MULTILINE)
     expected = ["+4.0", "different"], ["-1.0", "different, by less than 1.5 points"]
     assert [list(contrast) for contrast in contrasts[:2]] == list(expected)
@@ -476,7 +476,7 @@ def test_report_is_that_of_the_runs(folder, run_script, tmp_path):
     committed = ROOT / "results" / folder
     shutil.copy(committed / "runs.jsonl", tmp_path)
     assert run_script(reproduce, "report", "--out", tmp_path)[0] == 0
-    pages = [(folder / "README.md").read_text().split("\n\n", 2)[2] for folder in (committed, tmp_path)]
+    pages = [(folder / "README.md").read_text().split("\n\n", 3)[3] for folder in (committed, tmp_path)]
     assert pages[0] == pages[1]  # but for the commands and machines above
 
 
