@@ -41,7 +41,7 @@ BATCH_SIZES = {
     "cuda": {"convit_tiny": 256, "convit_small": 256, "convit_base": 128, "convit_cifar": 1024},
 }
 SCALING_SIZES = [224, 320, 448, 640]  # pixels
-TOKENS_PER_GIB = 500  # per scaling step on a GPU: timm's ConViT at 640 px then takes half of the memory
+TOKENS_PER_GIB = 500  # per scaling step on a GPU: timm's ConViT at 640 px then takes just over half of the memory
 TABLE_HEADER = """\
 | model | px | batch | variant | inference img/s | ratio | of peak | training img/s | ratio | of peak | MiB | ratio |
 |---|---|---|---|---|---|---|---|---|---|---|---|
@@ -131,16 +131,13 @@ def peak_memory(device: str) -> float:
 
 
 def forget_models():
-    """Free models that nothing uses. Their compiled code would count toward the limit of recompilations."""
+    """Free unused models and their compiled code, which would count toward torch.compile's recompile limit."""
     torch.compiler.reset()
     gc.collect()  # compiled models are in reference cycles
 
 
 def training_memory(variant: str, config: ConViTConfig, batch_size: int, args) -> float:
     """MiB that a model and two training steps add to the peak memory of this process."""
-    forget_models()
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     before = peak_memory(args.device)
     train = training_and_inference(variant, config, batch_size, args)["train"]
     train()
@@ -177,9 +174,11 @@ def compare(name: str, config: ConViTConfig, batch_size: int, variants: Iterable
     for variant in variants:
         measure = partial(training_memory, variant, config, batch_size, args)
         if args.device == "cuda":
+            forget_models()
+            torch.cuda.reset_peak_memory_stats()
             memory[variant] = measure()
         else:  # each in a new process; Linux would let a spawned one begin at the peak of this one
-            os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc then returns freed tensors at once; else, 10% noise
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc then frees tensors at once; else the peak varies
             with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
                 memory[variant] = pool.submit(measure).result()
     for variant in variants:
@@ -222,7 +221,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile all variants")
     parser.add_argument("--quick", action="store_true", help="smoke test: convit_cifar_nano only, no scaling plot")
     args = parser.parse_args()
-    scaling_tokens = 1  # per step: one image on a CPU
+    scaling_tokens = 1  # on a CPU, one image per step
     if args.device == "cuda":
         if not torch.cuda.is_available():
             parser.error("--device cuda: PyTorch finds no CUDA device")

@@ -10,7 +10,6 @@ from itertools import product
 from pathlib import Path
 
 from experiments.sweep import Plan, read_runs, train_sweep
-from train_cifar import Config
 
 RECIPE = "--steps-per-epoch 2500 --amp bf16 --batch-size 32"
 TUNING = "--seed 100 --val-fraction 0.1 --epochs 2 --warmup-epochs 0.2"
@@ -58,13 +57,12 @@ def tune_learning_rate(model: str, fraction: float, records: dict[str, dict]) ->
         learning_rates |= {best / 2, best * 2}
 
 
-def make_plan(records: dict[str, dict], data_dir: str = Config.data_dir) -> Plan:
+def make_plan(records: dict[str, dict]) -> Plan:
     """All runs, the most important first. A run whose learning rate is not chosen yet has no flags."""
     plan, best_lr = {}, {}
 
     def add(name: str, model: str, fraction: float, lr: float | None, flags: str):
-        setting = f"{MODELS[model]} --data-fraction {fraction} --lr {lr or 0:g} {flags}"
-        plan[name] = [*RECIPE.split(), "--data-dir", data_dir, *setting.split()] if lr else []
+        plan[name] = f"{RECIPE} {MODELS[model]} --data-fraction {fraction} --lr {lr} {flags}".split() if lr else []
 
     for fraction in FRACTIONS:
         for model in MODELS:
@@ -86,10 +84,10 @@ def make_plan(records: dict[str, dict], data_dir: str = Config.data_dir) -> Plan
 
 def train(out: Path, data_dir: str, compile: bool, list_only: bool):
     """Train the missing runs, each with one thread."""
+    here = ["--data-dir", data_dir, *["--compile"] * compile]  # of this machine, so not part of the plan
 
     def plan(records: dict[str, dict]) -> Plan:
-        runs = make_plan(records, data_dir)
-        return {name: [*flags, "--compile"] if flags and compile else flags for name, flags in runs.items()}
+        return {name: flags and [*flags, *here] for name, flags in make_plan(records).items()}
 
     if list_only:
         records = read_runs(out / "runs.jsonl")

@@ -32,8 +32,8 @@ GRID_NOTES = f"""\
 Test accuracy after the last of 10,000 steps. A contrast is the mean difference between runs of the same seed, with a
 95% confidence interval and a paired t-test; Holm's method adjusts p (but not the interval) for all planned contrasts.
 A contrast counts as equivalent to 0 within {MARGIN} points if two one-sided tests, each at the 5% level and unadjusted,
-rule out larger differences. Intervals cover what a seed draws (weights, subset, order, augmentation), not the choice of
-test images or of learning rates (one run each). A verdict is preliminary while pairs are missing."""
+rule out larger differences. Intervals cover what the seed determines (weights, subset, order, augmentation), not the
+choice of test images or of learning rates (one run each). A verdict is preliminary while pairs are missing."""
 TUNING_NOTES = "One run each, with seed 100: 5,000 steps, evaluated on a 10% validation split."
 PATTERN_NOTES = """\
 3,120 steps of 32 images, in fp32 (TF32 on a GPU), at a learning rate of 0.001, not tuned, unless the arm has another;
@@ -214,8 +214,8 @@ def write_grid(out: Path):
         entry = record["provenance"][0]
         commit = str(entry["commit"])[:7] + "-dirty" * str(entry["commit"]).endswith("-dirty")
         trained.setdefault(entry["device"], []).append(commit)
-    trained = "; ".join(
-        f"{len(runs)} on {device} at {', '.join(sorted(set(runs)))}" for device, runs in commits.items()
+    trained = (
+        f"{len(commits)} on {device} at {', '.join(sorted(set(commits)))}" for device, commits in trained.items()
     )
     parts = [
         "# ConViT and a plain ViT on 10% and on all of CIFAR-10",

@@ -81,7 +81,7 @@ def test_quick_run_writes_a_row_per_variant(tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_several_compiled_models_on_a_gpu(tmp_path, monkeypatch):
-    """Code of one model does not count toward the recompilations of the next."""
+    """The compiled code of one model does not count toward the recompile limit of the next."""
     names = ["convit_cifar_nano", "convit_cifar"]
     run(model, monkeypatch, "--quick", "--device", "cuda", "--compile", "--models", *names, "--out", tmp_path)
     rows = json.loads((tmp_path / "model-cuda-fp32-compiled.json").read_text())["rows"]

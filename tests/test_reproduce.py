@@ -271,6 +271,7 @@ def test_grid_command_trains_the_missing_runs(finished, fake_code, tmp_path, run
     argv = ["grid", "--out", tmp_path / "out", "--data-dir", "data/cifar10", "--compile"]
     lines = run_script(reproduce, *argv, "--list")[1].splitlines()
     assert [line.split()[:2] for line in lines if line[:4] != "done"] == [["todo", missing[0]], ["wait", missing[1]]]
+    assert "--compile" not in run_script(reproduce, *argv[:-1], "--list")[1]
     with open(tmp_path / "out" / f"{missing[0]}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as if another process trained it: the other run has to wait
         threading.Timer(0.3, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
@@ -282,10 +283,8 @@ def test_grid_command_trains_the_missing_runs(finished, fake_code, tmp_path, run
         ("--seed 100 --val-fraction 0.1 --epochs 2 --warmup-epochs 0.2", "--seed 3 --epochs 4 --warmup-epochs 0.4"),
         strict=True,
     ):
-        recipe = (
-            "--steps-per-epoch 2500 --amp bf16 --batch-size 32 --data-dir data/cifar10 --data-fraction 0.1 --lr 0.0005"
-        )
-        command = f"python train_cifar.py {recipe} {flags} --compile --run {tmp_path / 'out' / name}"
+        recipe = f"{grid.RECIPE} --data-fraction 0.1 --lr 0.0005 {flags} --data-dir data/cifar10 --compile"
+        command = f"python train_cifar.py {recipe} --run {tmp_path / 'out' / name}"
         assert records[name]["provenance"][0]["command"] == command
     assert len(records) == len(finished) and run_script(reproduce, *argv)[0] == 0  # nothing left to train
 
