@@ -250,10 +250,11 @@ def compare(folder: Path, runs: list[Path]):
         if not (run / "metrics.jsonl").exists():
             raise UserError(f"{run} is not a run folder of train_cifar.py")
     records = [*map(read_run, runs), *finished]
-    has_split = {bool(run["config"].get("val_fraction")) for run in records}
-    if len(has_split) > 1:
-        raise UserError("only some of the runs have a validation split: compare them separately")
-    images = "validation" if True in has_split else "test"
+    configs = [run["config"] for run in records]
+    on_val = {bool(config.get("val_fraction")) or config.get("dataset") == "imagenet" for config in configs}
+    if len(on_val) > 1:
+        raise UserError("only some of the runs were evaluated on validation images: compare them separately")
+    images = "validation" if True in on_val else "test"
     figure, rows = Figure(figsize=(9, 3.2), layout="constrained"), []
     panels = figure.subplots(1, 2)
     for run in records:
