@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -197,3 +198,15 @@ def test_diff_that_does_not_apply():
 def test_exercise_without_a_command():
     with pytest.raises(UserError, match="exercise 3 needs a command"):
         parse_exercises('RECIPE="--epochs 1"\n## 3. Something\n')
+
+
+def test_heads_that_the_text_names():
+    """Of seed 0; head 5 is the center tap."""
+    records = read_runs(RESULTS / "runs.jsonl")
+    last = {number: records[f"{EXERCISES[number].key}-seed0"]["metrics"][-1] for number in (0, 2, 3, 10)}
+    low = {number: np.argwhere(np.array(last[number]["heads"]["gate"][:5]) < 0.5).tolist() for number in (0, 2)}
+    assert low[2] == [[layer, 4] for layer in (1, 2, 3, 4)]  # "the center taps of layers 2 to 5"
+    assert sum(head == 4 for _, head in low[0]) == 1  # "only one of the five center taps"
+    assert max(abs(y) for layer in last[3]["heads"]["center"][:5] for _, y in layer) < 0.2  # "stay within 0.2 patches"
+    points = last[0]["test_accuracy"] - last[10]["test_accuracy"]
+    assert f"{points:.1f} points less than with a class token" in " ".join(TEXT.split())
