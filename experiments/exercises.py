@@ -101,7 +101,7 @@ def train_exercises(numbers: list[int], seeds: int, data_dir: str, out: Path):
 
 def write_results(exercises: dict[int, Exercise], out: Path):
     """Write a table and a plot of the finished runs in `out`/runs.jsonl, all seeds of an exercise in one row."""
-    finished, shown, results, rows = read_runs(out / "runs.jsonl"), [], {}, []
+    finished, shown, results, rows, baseline = read_runs(out / "runs.jsonl"), [], {}, [], {}
     for exercise in exercises.values():
         runs = [finished[name] for name in sorted(finished) if name.startswith(f"{exercise.key}-seed")]
         if not runs:
@@ -109,19 +109,24 @@ def write_results(exercises: dict[int, Exercise], out: Path):
         shown += runs
         last = [run["metrics"][-1] for run in runs]
         accuracy = [row["test_accuracy"] for row in last]
+        by_seed = {run["config"]["seed"]: value for run, value in zip(runs, accuracy, strict=True)}
+        differences = [f"{by_seed[seed] - baseline[seed]:+.1f}" for seed in by_seed if seed in baseline]
+        if exercise.number == 0:
+            baseline = by_seed
         gate, distance = np.concatenate([gpsa_heads(row) for row in last], axis=1)
         content_heads = (gate < 0.5).sum() / len(runs)
         heads = {"mean_gate": gate.mean(), "non_locality": distance.mean(), "content_heads": content_heads}
         results[exercise.title] = {"runs": [run["name"] for run in runs], "accuracy": accuracy} | heads
         std = f" ± {stdev(accuracy):.1f} ({len(runs)})" if len(runs) > 1 else ""
-        cells = [f"{mean(accuracy):.1f}{std}", f"{gate.mean():.2f}", f"{distance.mean():.2f}", f"{content_heads:.1f}"]
-        rows.append([exercise.title, *cells])
+        cells = [f"{mean(accuracy):.1f}{std}", ", ".join(differences), f"{gate.mean():.2f}", f"{distance.mean():.2f}"]
+        rows.append([exercise.title, *cells, f"{content_heads:.1f}"])
     config, steps = shown[0]["config"], shown[0]["metrics"][-1]["step"]
     notes = f"""\
 Accuracy (%) on the test images after the last step: mean ± std over seeds (n); one seed where there is no ±.
 First row: `{config["model"]}`, {steps:,} steps of {config["batch_size"]} images, learning rate {config["lr"]:g}.
+Differences from exercise 0 are between runs of the same seed, one value per seed, without tests.
 Heads of the GPSA layers, mean over seeds; non-locality: mean attention distance in patches."""
-    header = ["exercise", "test accuracy", "mean gate", "non-locality", "content-dominated heads (gate < 0.5)"]
+    header = ["exercise", "test accuracy", "difference from 0", "mean gate", "non-locality", "heads with gate < 0.5"]
     figure = Figure(figsize=(7, 1 + 0.32 * len(rows)), layout="constrained")
     plot_seeds(figure.subplots(), {title: result["accuracy"] for title, result in results.items()})
     save(out / "exercises", {"exercises": results}, markdown(header, rows), notes, figure, shown)

@@ -92,7 +92,10 @@ def test_numbers_in_the_text_are_those_of_the_runs(number):
     row = next(
         line for line in (RESULTS / "exercises.md").read_text().splitlines() if line.startswith(f"| {exercise.title} |")
     )
-    mean_std, mean_gate, _, heads = row.removesuffix(" |").split(" | ")[1:]
+    mean_std, differences, mean_gate, _, heads = row.removesuffix(" |").split(" | ")[1:]
+    baseline = {seed: records[f"{EXERCISES[0].key}-seed{seed}"]["metrics"][-1]["test_accuracy"] for seed in (0, 1)}
+    pairs = [f"{value - baseline[seed]:+.1f}" for seed, value in enumerate(result["accuracy"])]
+    assert differences == ", ".join(pairs if number else [])
     section = re.split(r"^## \d+\. ", TEXT, flags=re.MULTILINE)[1 + list(EXERCISES).index(number)]
     percent = re.sub(r" \((\d+)\)%$", r"% (\1 seeds)", f"{mean_std}%")
     assert f"</summary>\n\n{percent}, mean gate {mean_gate}" in section
@@ -167,7 +170,7 @@ def test_exercise_is_trained_with_its_diff_and_flags(tree, tmp_path, run_script,
     assert result["content_heads"] == sum(gate < 0.5 for gate in gates)
     assert result["accuracy"] == [last["test_accuracy"]]
     assert (
-        f"| 1. Gates of 0.5, and no identity | {last['test_accuracy']:.1f} | 0.5"
+        f"| 1. Gates of 0.5, and no identity | {last['test_accuracy']:.1f} |  | 0.5"
         in Path("mine/exercises.md").read_text()
     )
     with Image.open("mine/exercises.png") as plot:
