@@ -1,7 +1,7 @@
 """Speed and memory of ConViT, timm's ConViT and plain ViTs of the same shape, compared in one run.
 
-    python -m benchmarks.model                               CPU: about 15 minutes on two cores
-    python -m benchmarks.model --dtype bf16                  mixed precision
+    python -m benchmarks.model --device cpu                  10 to 15 minutes on two cores
+    python -m benchmarks.model --device cpu --dtype bf16     mixed precision
     python -m benchmarks.model --device cuda --dtype bf16    GPU: two minutes on an H100; --compile takes longer
     python -m benchmarks.model --quick                       smoke test: one small model, few repetitions
 

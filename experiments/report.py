@@ -209,14 +209,12 @@ def write_grid(out: Path):
             arms.setdefault(setting.removeprefix("patterns-"), {})[int(seed)] = record["metrics"]
         elif setting:
             settings.setdefault(tuple(setting.rsplit("-", 1)), {})[int(seed)] = record["metrics"]
-    summary, trained = provenance_summary(list(finished.values())), {}  # commits by device
+    summary, commits = provenance_summary(list(finished.values())), {}  # by device
     for record in finished.values():
         entry = record["provenance"][0]
         commit = str(entry["commit"])[:7] + "-dirty" * str(entry["commit"]).endswith("-dirty")
-        trained.setdefault(entry["device"], []).append(commit)
-    trained = (
-        f"{len(commits)} on {device} at {', '.join(sorted(set(commits)))}" for device, commits in trained.items()
-    )
+        commits.setdefault(entry["device"], []).append(commit)
+    trained = [f"{len(runs)} on {device} at {', '.join(sorted(set(runs)))}" for device, runs in commits.items()]
     parts = [
         "# ConViT and a plain ViT on 10% and on all of CIFAR-10",
         f"{len(finished)} of the {len(names)} planned runs: [runs.jsonl](runs.jsonl), trained {'; '.join(trained)}. "
