@@ -124,16 +124,9 @@ def write_results(exercises: dict[int, Exercise], out: Path):
     notes = f"""\
 Accuracy (%) on the test images after the last step: mean ± std over seeds (n); one seed where there is no ±.
 First row: `{config["model"]}`, {steps:,} steps of {config["batch_size"]} images, learning rate {config["lr"]:g}.
-Differences from exercise 0 are between runs of the same seed, one value per seed, without tests.
+Minus exercise 0: between runs of the same seed, one value per seed, without tests.
 Heads of the GPSA layers, mean over seeds; non-locality: mean attention distance in patches."""
-    header = [
-        "exercise",
-        "test accuracy",
-        "difference from exercise 0",
-        "mean gate",
-        "non-locality",
-        "heads with gate < 0.5",
-    ]
+    header = ["exercise", "test accuracy", "minus exercise 0", "mean gate", "non-locality", "heads with gate < 0.5"]
     figure = Figure(figsize=(7, 1 + 0.32 * len(rows)), layout="constrained")
     plot_seeds(figure.subplots(), {title: result["accuracy"] for title, result in results.items()})
     save(out / "exercises", {"exercises": results}, markdown(header, rows), notes, figure, shown)
