@@ -38,7 +38,6 @@ from analysis import check_index
 from images import decode_size
 from predict import predict
 from training.config import Parser
-from training.distributed import UserError, abort
 from viewer.inspector import AttentionInspector, open_demos, open_run, open_weights, worker
 from viewer.limits import data_url, limit_requests, load_upload
 from viewer.sessions import MAX_KEPT_RUNS, TrainingQueue
@@ -213,10 +212,7 @@ def main():
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")  # set by Hugging Face Spaces
     parser.add_argument("--host", default=host, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, help="port to listen on (default: first free port from 7860)")
-    try:
-        args = parser.parse_args()
-    except UserError as error:
-        abort(error)
+    args = parser.parse_or_exit()
     torch.set_num_threads(2)
     if sys.platform == "linux":  # else, freed buffers of less than 32 MB stay in a heap, which fragments and grows
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)

@@ -25,7 +25,6 @@ from analysis import check_index, plot_attention
 from convit_min import ConViT
 from images import preprocess
 from training.config import Parser, number
-from training.distributed import UserError, abort
 from training.folders import find_files, list_skipped
 from weights import open_model
 
@@ -70,10 +69,7 @@ def main():
     output.add_argument("--csv", action="store_true", help="a CSV header, and one row per image")
     parser.add_argument("--attention", type=Path, metavar="FILE", help="plot the heads for the first readable image")
     parser.add_argument("--layer", type=int, default=1, help="layer to plot, from 1 (default: 1)")
-    try:
-        args = parser.parse_args()
-    except UserError as error:
-        abort(error)
+    args = parser.parse_or_exit()
     try:
         model, files, status = open_model(args.model), list_files(args.images), 0
         if not files:

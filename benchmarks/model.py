@@ -162,21 +162,21 @@ def forward_flops(config: ConViTConfig) -> int:
 
 def compare(name: str, config: ConViTConfig, batch_size: int, variants: Iterable[str], args) -> list[dict]:
     """Speed and memory of one model at one image size, a table row per variant."""
-    forget_models()
     steps = {variant: training_and_inference(variant, config, batch_size, args) for variant in variants}
     seconds = {
         mode: time_interleaved({variant: steps[variant][mode] for variant in variants}, args.repetitions)
         for mode in ("train", "infer")
     }
     del steps
+    forget_models()
 
     memory, rows = {}, []
     for variant in variants:
         measure = partial(training_memory, variant, config, batch_size, args)
         if args.device == "cuda":
-            forget_models()
             torch.cuda.reset_peak_memory_stats()
             memory[variant] = measure()
+            forget_models()
         else:  # each in a new process; Linux would let a spawned one begin at the peak of this one
             os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc then frees tensors at once; else the peak varies
             with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:

@@ -108,8 +108,8 @@ def write_results(exercises: dict[int, Exercise], out: Path):
             continue
         shown += runs
         last = [run["metrics"][-1] for run in runs]
-        accuracy = [row["test_accuracy"] for row in last]
-        by_seed = {run["config"]["seed"]: value for run, value in zip(runs, accuracy, strict=True)}
+        by_seed = {run["config"]["seed"]: run["metrics"][-1]["test_accuracy"] for run in runs}
+        accuracy = list(by_seed.values())
         differences = [f"{by_seed[seed] - baseline[seed]:+.1f}" for seed in by_seed if seed in baseline]
         if exercise.number == 0:
             baseline = by_seed

@@ -212,8 +212,8 @@ def write_grid(out: Path):
     summary, commits = provenance_summary(list(finished.values())), {}  # by device
     for record in finished.values():
         entry = record["provenance"][0]
-        commit = str(entry["commit"])[:7] + "-dirty" * str(entry["commit"]).endswith("-dirty")
-        commits.setdefault(entry["device"], []).append(commit)
+        commit, dash, dirty = str(entry["commit"]).partition("-")
+        commits.setdefault(entry["device"], []).append(commit[:7] + dash + dirty)
     trained = [f"{len(runs)} on {device} at {', '.join(sorted(set(runs)))}" for device, runs in commits.items()]
     parts = [
         "# ConViT and a plain ViT on 10% and on all of CIFAR-10",

@@ -17,7 +17,6 @@ from experiments import grid, report
 from experiments.sweep import read_runs
 
 DOCS = {f"docs/{file.name}": file.read_text() for file in sorted((ROOT / "docs").glob("*.md"))}
-PAGES = {"README.md": (ROOT / "README.md").read_text()} | DOCS
 
 
 @cache
@@ -38,9 +37,14 @@ def model_rows(name: str, part: str = "rows") -> dict[str, list[dict]]:
     return variants
 
 
+def unwrapped(page: str) -> str:
+    """The text of a page without line breaks."""
+    return " ".join((ROOT / page).read_text().split())
+
+
 def says(page: str, *sentences: str):
     """Assert that a page has these sentences, wherever its lines break."""
-    text = " ".join((ROOT / page).read_text().split())
+    text = unwrapped(page)
     for sentence in sentences:
         assert sentence in text, f"{page} does not say: {sentence}"
 
@@ -190,25 +194,27 @@ def accuracy(setting: str) -> np.ndarray:
     return np.array([[row["test_accuracy"] for row in run] for run in metrics])
 
 
+def interval(values: np.ndarray) -> tuple[str, str]:
+    """The mean and its 95% interval, as in "6.8" and "+5.5 to +8.0"."""
+    mean, half = values.mean(), report.half_interval(values)
+    return f"{mean:.1f}", span([mean - half, mean + half], "+.1f")
+
+
 def test_every_interval_in_the_text_is_a_result():
     """With the mean before and the adjusted p behind it, as in "6.8 points (+5.5 to +8.0; adjusted p < 0.001)"."""
     results = {}  # adjusted p, by mean without its sign and interval
     for contrast in (*contrasts("evidence"), *contrasts("evidence-cpu")):
         results[contrast["points"].lstrip("+-"), contrast["ends"]] = float(contrast["p"])
     for pair in (("convit-100%", "vit-100%"), ("gates-0.73-10%", "vit-10%"), ("gates-0.5-10%", "vit-10%")):
-        gains = np.subtract(*map(accuracy, pair))[:, -1]
-        mean, half = gains.mean(), report.half_interval(gains)
-        results[f"{mean:.1f}", span([mean - half, mean + half], "+.1f")] = math.nan  # not planned: no p
+        results[interval(np.subtract(*map(accuracy, pair))[:, -1])] = math.nan  # not planned: no p
     for part in ("10%", "100%"):
         leads = accuracy(f"convit-{part}") - accuracy(f"vit-{part}")
-        growth = leads[:, -1] - leads[:, 1]  # from the first quarter to the last
-        mean, half = growth.mean(), report.half_interval(growth)
-        results[f"{mean:.1f}", span([mean - half, mean + half], "+.1f")] = math.nan
+        results[interval(leads[:, -1] - leads[:, 1])] = math.nan  # its growth from the first quarter to the last
     results |= {(mean, ends.replace("+", "")): p for (mean, ends), p in results.items()}  # "cost 2.5 (1.3 to 3.8)"
     pattern = r"(?:\(|, |95%: |95% interval )([+-]?\d\.\d to [+-]?\d\.\d)(?:;[^.;)]* adjusted p ([=<]) (0\.\d+))?"
     found = 0
     for page in ("README.md", "docs/results.md", "docs/exercises.md"):
-        text = " ".join(PAGES[page].split())
+        text = unwrapped(page)
         for match in re.finditer(pattern, text):
             ends, sign, p = match.groups()
             mean, found = re.findall(r"\d+\.\d", text[: match.start()])[-1], found + 1

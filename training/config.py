@@ -17,7 +17,7 @@ from typing import get_args
 import torch
 
 from convit_min import MODELS, ConViT, ConViTConfig, create_model
-from training.distributed import UserError, print0, world_size
+from training.distributed import UserError, abort, print0, world_size
 from training.folders import has_images
 from weights import load_weights
 
@@ -264,10 +264,17 @@ def _read_config(file: str | Path) -> dict:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError instead of exiting, and suggests the nearest flag."""
+    """`parse_args` raises UserError instead of exiting, and suggests the nearest flag."""
 
     def error(self, message: str):
         if unknown := re.match(r"unrecognized.*?(--[\w-]+)", message):
             nearest = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0)
             message += f"; did you mean {nearest[0]}?"
         raise UserError(message, status=2) from None  # as argparse
+
+    def parse_or_exit(self) -> argparse.Namespace:
+        """The flags of the command line; if they are wrong, the process ends with one line."""
+        try:
+            return self.parse_args()
+        except UserError as error:
+            abort(error)
